@@ -1,0 +1,317 @@
+"""The recipe: typed, validated in one go, every default written here and only here. Imports no torch.
+
+    recipe = load_recipe("recipes/demo.yaml", ["train.lr=1e-5"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssgen_ds.errors import UserError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str  # hub id, folder, GGUF file, or package:MODULE/file for one inside an installed package
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on an accelerator, float32 on a CPU
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    gradient_checkpointing: bool = False
+    adapter_path: str | None = None
+
+
+class AdapterConfig(Section):
+    kind: Literal["none", "lora"] = "none"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class SourceConfig(Section):
+    """One entry of a mixture. `columns` and `prompt` override those of `data`."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    split: str = "train"  # hub ids only
+    name: str | None = None  # hub ids only: the configuration
+    columns: dict[Literal["prompt", "completion", "messages", "id"], str] | None = None
+    prompt: str | None = None
+
+
+class DataConfig(Section):
+    train: list[SourceConfig]
+    eval: list[SourceConfig] = []
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    columns: dict[Literal["prompt", "completion", "messages", "id"], str] = {}
+    prompt: str | None = None  # template over the row's columns: "Summarize:\n\n{document}"
+    system: str | None = None
+    chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own
+    max_prompt_tokens: Positive = 1024
+    max_response_tokens: Positive = 512
+    over_length: Literal["truncate", "skip", "error"] = "truncate"
+    on_bad_row: Literal["error", "skip"] = "error"
+    loss_on: Literal["last", "all"] = "last"
+    streaming: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source_or_many(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            for key in ("train", "eval"):
+                if key in data:
+                    entries = data[key] if isinstance(data[key], list) else [data[key]]
+                    data[key] = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+        return data
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class BssConfig(SamplingConfig):
+    mix_rate: Share = 0.25  # the peak; the schedule scales it and never exceeds it
+    schedule: Literal["constant", "linear", "cosine", "inverse_sigmoid"] = "linear"
+
+
+class RacConfig(SamplingConfig):
+    max_draft_tokens: Positive = 128
+    cut: Literal["none", "uniform"] = "none"
+    target: Literal["reference", "rewrite"] = "reference"
+    correction_weight: Annotated[float, Field(ge=0)] = 1.0
+    correction_cue: str = "Review your answer above. Correct its mistakes and give the improved answer only."
+    rewrite_cue: str = (
+        "The reference answer is:\n\n{reference}\n\n"
+        "Rewrite your answer above so that it agrees with the reference. Give the answer only."
+    )
+    metric: Literal["rougeL", "f1", "exact_match", "math"] = "rougeL"
+
+
+class MethodConfig(Section):
+    name: Literal["sft", "bss", "rac", "bss+rac"] = "sft"
+    bss: BssConfig = BssConfig()
+    rac: RacConfig = RacConfig()
+
+    @property
+    def uses_bss(self) -> bool:
+        return self.name in ("bss", "bss+rac")
+
+    @property
+    def uses_rac(self) -> bool:
+        return self.name in ("rac", "bss+rac")
+
+
+class TrainConfig(Section):
+    epochs: Positive | None = None
+    max_steps: Positive | None = None
+    global_batch: Positive = 32  # examples per optimizer step, over all ranks
+    micro_batch: Positive = 4  # sequences per forward pass on one rank
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03  # below 1: share of all steps; else steps
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 turns clipping off
+    optimizer: Literal["adamw"] = "adamw"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class SelfgenConfig(Section):
+    refresh_every: Positive = 8  # optimizer steps per round
+    noise: Literal["fresh", "common"] = "fresh"
+    block: Literal["all"] | Positive = "all"  # BSS block size, counted in coins; drafts decode one by one
+    batch: Positive = 8  # sequences generated together on one rank
+
+
+class EvalConfig(Section):
+    every: Positive | None = None  # optimizer steps; None: at the end only
+    max_examples: Positive = 256
+
+
+class CheckpointConfig(Section):
+    every: Positive | None = None  # optimizer steps; None: at the end only
+    keep: Positive = 2
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+    project: str = "ssgen-ds"
+
+
+class Recipe(Section):
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig
+    deepspeed: str = "ds_configs/zero2.json"
+    selfgen: SelfgenConfig = SelfgenConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    output_dir: str
+    resume: str = "auto"  # auto | never | PATH of a checkpoint
+
+
+# Keys that may differ on resume: they change where or how often something is written or how the arithmetic is cut up,
+# not what is trained.
+FREE_ON_RESUME = (
+    "output_dir", "resume", "log.", "checkpoint.", "eval.", "train.micro_batch",
+    "model.gradient_checkpointing", "selfgen.batch",
+)  # fmt: skip
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, apply dotted `key=value` overrides, validate. Raises UserError with every problem at once."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"recipe {path}: no such file")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path}: expected sections such as model:, data:, train:, got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a nested dictionary. Field errors and cross-field errors are reported together."""
+    recipe, problems = _validate(raw)
+    if recipe is not None:
+        problems += cross_field_problems(recipe)
+    if problems:
+        raise UserError.from_list(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
+    assert recipe is not None
+    return recipe
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe with faulty keys left out (so that cross-field checks still run), and what was wrong with them."""
+    try:
+        return Recipe.model_validate(raw), []
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_sentence(item) for item in error.errors()))
+        pruned = _without(raw, [item["loc"] for item in error.errors() if item["type"] != "missing"])
+        try:
+            return Recipe.model_validate(pruned), problems
+        except ValidationError:
+            return None, problems
+
+
+def _sentence(item: Any) -> str:
+    """One line for one pydantic error: dotted key, what is wrong, nearest known key."""
+    location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
+        return f"{key}: unknown key{hint}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not given"
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _known_keys(location: list[Any]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = SourceConfig if part in ("train", "eval") and section is DataConfig else annotation
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _without(raw: Any, locations: list[tuple[Any, ...]]) -> Any:
+    """A copy of `raw` lacking the keys at `locations`."""
+    if not isinstance(raw, dict):
+        return raw
+    drop = {location[0] for location in locations if len(location) == 1 or not isinstance(raw.get(location[0]), dict)}
+    return {
+        key: _without(value, [location[1:] for location in locations if location and location[0] == key])
+        for key, value in raw.items()
+        if key not in drop
+    }
+
+
+def cross_field_problems(recipe: Recipe) -> list[str]:
+    """What no single field shows. One sentence a problem, naming the field and the fix."""
+    problems = []
+    train, data, method = recipe.train, recipe.data, recipe.method
+    if (train.epochs is None) == (train.max_steps is None):
+        problems.append("train: give exactly one of train.epochs and train.max_steps")
+    if data.streaming and train.max_steps is None:
+        problems.append("train.max_steps: required with data.streaming, whose length is not known")
+    if data.streaming and data.eval_fraction:
+        problems.append("data.eval_fraction: not possible with data.streaming; name a file in data.eval")
+    if data.eval and data.eval_fraction:
+        problems.append("data.eval_fraction: give either data.eval or data.eval_fraction")
+    if recipe.eval.every and not (data.eval or data.eval_fraction):
+        problems.append("eval.every: nothing to evaluate on; set data.eval or data.eval_fraction")
+    if recipe.model.adapter_path and recipe.adapter.kind == "none":
+        problems.append("model.adapter_path: set adapter.kind=lora to train it")
+    if method.uses_rac and "{reference}" not in method.rac.rewrite_cue:
+        problems.append("method.rac.rewrite_cue: must contain {reference}")
+    if not data.train:
+        problems.append("data.train: names no file")
+    if recipe.output_dir.strip() == "":
+        problems.append("output_dir: is empty")
+    if train.warmup != int(train.warmup) and train.warmup >= 1:
+        problems.append("train.warmup: below 1 a share of all steps, from 1 on a whole number of steps")
+    return problems
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, for instance train.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    section[last] = value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys that differ and change what is trained, as `key: old -> new`."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, child in value.items() for k, v in _flatten(child, f"{prefix}.{key}".lstrip(".")).items()}

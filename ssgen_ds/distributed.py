@@ -1,0 +1,152 @@
+"""Start and end of the process group, and the few decisions that all ranks must share.
+
+Works under `deepspeed`, `torchrun`, `srun` (SLURM_* are mapped here) and alone. Tensors travel on the device's own
+backend; flags and Python objects on a gloo group, so that they never wait for the GPU stream.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ssgen_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def sum(self, *values: float) -> list[float]:
+        """Float64 sums over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def max(self, value: float) -> float:
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.control)
+        return float(total.item())
+
+    def gather(self, item: T) -> list[T]:
+        """One Python object from every rank, on every rank, in rank order."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's object on every rank."""
+        box: list[Any] = [item]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if it is refused on one, all raise the same error instead of waiting for ever."""
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"rank {self.rank} on {socket.gethostname()}: {error}"
+        problems = list(dict.fromkeys(item for item in self.gather(problem) if item))
+        if problems:
+            raise UserError("\n".join(problems))
+        return result  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Rank 0 works first (it fills caches), then the others; errors as in `together`."""
+        first = self.together(lambda: work() if self.is_main else None)
+        rest = self.together(lambda: None if self.is_main else work())
+        return first if self.is_main else rest  # type: ignore[return-value]
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any group exists: for messages that only one rank should print."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def map_slurm() -> None:
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from an `srun` step's environment.
+
+    Only inside `srun` (SLURM_STEP_NODELIST): the batch script itself also sees SLURM_PROCID, always 0.
+    """
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    if "MASTER_ADDR" not in env:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        )
+        env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    # Jobs that share a node must not share a port; the job id tells them apart.
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
+    """Join the process group and leave it, also on errors."""
+    map_slurm()
+    env = os.environ
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in env:  # ranks of one machine share its cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(env.get("LOCAL_WORLD_SIZE", size))))
+    import deepspeed  # late: it reads DS_ACCELERATOR when imported
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        verbose=False,
+        auto_mpi_discovery=False,
+    )
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield World(rank, local_rank, size, device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

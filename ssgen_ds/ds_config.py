@@ -1,0 +1,98 @@
+"""A DeepSpeed file plus the recipe -> the dictionary given to `deepspeed.initialize`. Pure; imports no torch.
+
+"auto" values are filled from the recipe; a value that contradicts the recipe is refused by name. Clipping, batch sizes
+and precision are always written: DeepSpeed's silent defaults (it clips at 1.0 when told nothing) are never in force.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ssgen_ds
+from ssgen_ds.config import Recipe
+from ssgen_ds.errors import UserError
+
+# The recipe owns these; a template must not bring its own.
+_OWNED = {
+    "optimizer": "train.optimizer, train.lr, train.weight_decay",
+    "scheduler": "train.schedule, train.warmup",
+    "fp16": "model.dtype (float32 or bfloat16)",
+    "amp": "model.dtype (float32 or bfloat16)",
+    "data_types": "model.dtype",
+}
+
+
+def find_template(name: str) -> Path:
+    """A template by path: in the working directory first, then beside the package (checkout), then inside it."""
+    package = Path(ssgen_ds.__file__).parent
+    for root in (Path(), package.parent, package):
+        if (root / name).is_file():
+            return root / name
+    available = sorted(str(path) for path in (package.parent / "ds_configs").glob("*.json"))
+    raise UserError(f"deepspeed: no such file: {name}; shipped with ssgen: {', '.join(available) or 'none found'}")
+
+
+def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]:
+    """The full DeepSpeed dictionary for `dtype` float32 or bfloat16 on `world_size` ranks."""
+    path = find_template(recipe.deepspeed)
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
+    config, problems = merge(template, recipe_values(recipe, world_size, dtype))
+    problems += [f"{key}: remove it, the recipe decides: {owner}" for key, owner in _OWNED.items() if key in template]
+    stage = zero_stage(config)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    if problems:
+        raise UserError.from_list(f"deepspeed: {recipe.deepspeed} contradicts the recipe", problems)
+    return config
+
+
+def recipe_values(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]:
+    """What the recipe says in DeepSpeed's words. Windows may be cut differently; see `step.py`."""
+    micro = recipe.train.micro_batch
+    accumulation = math.ceil(recipe.train.global_batch / (micro * world_size))
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world_size,
+        "gradient_clipping": recipe.train.clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def merge(template: dict[str, Any], values: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Template with the recipe's values filled in where it says "auto" or nothing; what contradicts them, by name."""
+    merged, problems = dict(template), []
+    for key, value in values.items():
+        current, name = template.get(key, "auto"), f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(current, dict):
+            merged[key], deeper = merge(current, value, f"{name}.")
+            problems += deeper
+        elif current == "auto":
+            merged[key] = value
+        elif current != value:
+            problems.append(f'{name}: {current!r}, but the recipe gives {value!r}; write "auto" or change the recipe')
+    problems += [
+        f'{prefix}{key}: "auto", but nothing in the recipe decides it; write a value'
+        for key, value in merged.items()
+        if value == "auto"
+    ]
+    return merged, problems
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed dictionary; absent means 0."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer states live in host memory, which needs DeepSpeed's own CPU Adam."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"

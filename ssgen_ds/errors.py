@@ -1,0 +1,20 @@
+"""The one exception that means "the user's input is wrong": printed without a traceback, exit code 2."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # stopped on request with a complete checkpoint; EX_TEMPFAIL of sysexits.h: requeue me
+
+
+class UserError(Exception):
+    """Something the user can fix. The message names the place and the fix."""
+
+    @classmethod
+    def from_list(cls, heading: str, problems: list[str]) -> UserError:
+        return cls("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
+
+
+class StopRequested(Exception):
+    """Raised at a safe point after a signal, on every rank, once a complete checkpoint is written."""
