@@ -1,0 +1,235 @@
+"""Rows -> records: whatever shape a row has, a `Record` is a list of messages that ends in the assistant's response."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssgen_ds.config import DataConfig, SourceConfig
+from ssgen_ds.data.paths import resolve_path
+from ssgen_ds.data.readers import BadRow, Row, load_hub, read_files, read_hub
+from ssgen_ds.errors import UserError
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+LISTED_BAD_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """`messages`: {"role", "content"} each; the last is the assistant's. `content_hash`: 24 hex digits of it all.
+
+    `id` is the row's own, or `content_hash` where it has none.
+    """
+
+    id: str
+    messages: list[Message]
+    where: str
+    content_hash: str
+
+
+@dataclass
+class BadRows:
+    """How many rows were refused, and the first few of them as `place: what is wrong`."""
+
+    total: int = 0
+    listed: list[str] = field(default_factory=list)
+
+    def add(self, where: str, what: BadRow) -> str:
+        line = f"{where}: {what}"
+        self.total += 1
+        if len(self.listed) < LISTED_BAD_ROWS:
+            self.listed.append(line)
+        return line
+
+    def error(self, key: str) -> UserError:
+        more = self.total - len(self.listed)
+        heading = f"{key}: {self.total} bad row{'s' * (self.total > 1)} (data.on_bad_row=skip leaves such rows out)"
+        return UserError.from_list(heading, self.listed + [f"... and {more} more"] * (more > 0))
+
+
+def read_rows(source: SourceConfig, key: str, streaming: bool = False) -> Iterator[tuple[str, Row | BadRow]]:
+    """All rows of one source as (place, row). `streaming` matters for hub ids only; files are always read lazily."""
+    files = resolve_path(source.path, key)
+    return read_files(files) if files is not None else read_hub(source, load_hub(source, streaming, key))
+
+
+class RecordMaker:
+    """Turns the rows of one source into records, by the recipe's `columns`, `prompt` and `system`.
+
+    Raises UserError at once where the recipe contradicts itself, or names a column that the first row lacks.
+    """
+
+    def __init__(self, source: SourceConfig, data: DataConfig, key: str) -> None:
+        self.key = key
+        self.path = source.path
+        self.system = data.system
+        self._first = True
+        own = source.columns or {}
+        for columns, template, place in ((data.columns, data.prompt, "data"), (own, source.prompt, key)):
+            _refuse_contradictions(columns, template, place)
+        # What a source says beats what `data` says, also where the two are different ways to name the prompt.
+        self.columns: dict[str, str] = {**data.columns, **own}
+        self.template = source.prompt
+        if "messages" in own:
+            self.columns = {name: column for name, column in self.columns.items() if name in ("messages", "id")}
+        elif source.prompt is not None or "prompt" in own:
+            self.columns.pop("messages", None)
+        elif source.prompt is None:
+            self.template = data.prompt
+        if self.template is not None:
+            self.columns.pop("prompt", None)
+        self.pieces = parse_template(self.template, key) if self.template is not None else None
+        self.id_column = self.columns.get("id", "id")
+
+    def __call__(self, where: str, row: Row) -> Record:
+        """The record of one row. Raises BadRow; UserError if the first row lacks a column that the recipe names."""
+        try:
+            named = self._named_messages(row)
+        except _MissingColumn as missing:
+            if self._first:
+                raise UserError(f"{self.key}: {where}: {missing}") from None
+            raise BadRow(str(missing)) from None
+        finally:
+            self._first = False
+        messages = check_messages(named)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        digest = content_hash(messages)
+        return Record(self._id(row) or digest, messages, where, digest)
+
+    def _named_messages(self, row: Row) -> list[Any]:
+        columns = self.columns
+        explicit_pair = self.pieces is not None or "prompt" in columns or "completion" in columns
+        if "messages" in columns or (not explicit_pair and "messages" in row):
+            messages = _column(row, columns.get("messages", "messages"), "data.columns.messages")
+            if not isinstance(messages, list):
+                raise BadRow(f"messages must be a list, got {type(messages).__name__}")
+            return messages
+        if not explicit_pair and not {"prompt", "completion"} <= row.keys():
+            raise _MissingColumn("neither `messages` nor `prompt` and `completion`", row)
+        completion = _column(row, columns.get("completion", "completion"), "data.columns.completion")
+        if self.pieces is not None:
+            prompt: Any = render_template(self.pieces, row)
+        else:
+            prompt = _column(row, columns.get("prompt", "prompt"), "data.columns.prompt")
+        return _as_messages(prompt, "user", "prompt") + _as_messages(completion, "assistant", "response")
+
+    def _id(self, row: Row) -> str | None:
+        if not self.id_column:
+            return None  # columns: {id: ""} ignores an id column
+        given = row.get(self.id_column)
+        if given is None or given == "":
+            if "id" in self.columns:
+                raise BadRow(f"no id in the column {self.id_column!r}")
+            return None
+        if isinstance(given, bool) or not isinstance(given, str | int):
+            raise BadRow(f"the id must be text or a whole number, got {type(given).__name__}")
+        return _valid_text(str(given), "the id")
+
+
+def content_hash(messages: list[Message]) -> str:
+    """24 hex digits over the canonical JSON of the messages."""
+    canonical = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
+
+
+def parse_template(template: str, key: str) -> list[tuple[str, str | None]]:
+    """`Sum up: {document}` as (literal, column) pairs. Only the template is parsed: braces in the data stay as is."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{key}: prompt template: {error}; write {{{{ and }}}} for literal braces") from None
+    if any(spec or conversion for _, _, spec, conversion in parsed):
+        raise UserError(f"{key}: prompt template: only plain {{column}} fields, no `:` or `!`")
+    if not any(column is not None for _, column, _, _ in parsed):
+        raise UserError(f"{key}: prompt template names no column, so that all prompts would be equal")
+    return [(literal, column) for literal, column, _, _ in parsed]
+
+
+def render_template(pieces: list[tuple[str, str | None]], row: Row) -> str:
+    """The template filled with the row's columns. Raises BadRow if a value is missing or is no plain value."""
+    text = []
+    for literal, column in pieces:
+        text.append(literal)
+        if column is not None:
+            value = _column(row, column, "data.prompt")
+            if not isinstance(value, str | int | float):
+                raise BadRow(f"column {column!r} must hold text for the prompt, got {type(value).__name__}")
+            text.append(str(value))
+    return "".join(text)
+
+
+def check_messages(messages: list[Any]) -> list[Message]:
+    """The messages with role and content only. Raises BadRow unless they are well formed and end in a response."""
+    if not messages:
+        raise BadRow("messages is empty")
+    checked = [_check_message(message, number) for number, message in enumerate(messages, 1)]
+    if checked[-1]["role"] != "assistant":
+        raise BadRow(f"the last message must be the assistant's, got {checked[-1]['role']!r}")
+    if not checked[-1]["content"].strip():
+        raise BadRow("the response is empty")
+    if not any(message["role"] == "user" for message in checked):
+        raise BadRow("no prompt: there is no user message before the response")
+    for number, message in enumerate(checked, 1):
+        if message["role"] != "system" and not message["content"].strip():
+            raise BadRow("the prompt is empty" if len(checked) == 2 else f"message {number} is empty")
+    return checked
+
+
+def _check_message(message: Any, number: int) -> Message:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise BadRow(f"message {number} must be an object with `role` and `content`")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise BadRow(f"message {number}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise BadRow(f"message {number}: content must be text, got {type(content).__name__}")
+    return {"role": role, "content": _valid_text(content, f"message {number}")}
+
+
+def _valid_text(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{name}: not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+class _MissingColumn(Exception):
+    def __init__(self, what: str, row: Row) -> None:
+        columns = ", ".join(map(str, row)) or "none"
+        super().__init__(f"{what}; the row's columns are: {columns} (see data.columns and data.prompt)")
+
+
+def _column(row: Row, column: str, key: str) -> Any:
+    if column not in row:
+        raise _MissingColumn(f"{key} names the column {column!r}, which is not there", row)
+    value = row[column]
+    if value is None:
+        raise BadRow(f"column {column!r} is empty")
+    return value
+
+
+def _as_messages(value: Any, role: str, name: str) -> list[Any]:
+    """Plain text becomes one message of `role`; a list of messages stays."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadRow(f"the {name} is empty")
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        if not value:
+            raise BadRow(f"the {name} is empty")
+        return value
+    raise BadRow(f"the {name} must be text or a list of messages, got {type(value).__name__}")
+
+
+def _refuse_contradictions(columns: dict[Any, str], template: str | None, place: str) -> None:
+    if "messages" in columns and (template is not None or "prompt" in columns or "completion" in columns):
+        raise UserError(f"{place}: give either columns.messages, or the prompt and columns.completion")
+    if "prompt" in columns and template is not None:
+        raise UserError(f"{place}: give either the prompt template or columns.prompt")
