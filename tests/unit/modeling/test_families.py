@@ -1,0 +1,86 @@
+"""Families that can and cannot be trained, told from transformers' own default configurations."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.families import check
+
+WORKING = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "olmo",
+    "mixtral",
+    "falcon",
+]
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_decoders_pass(family):
+    check(AutoConfig.for_model(family), uses_selfgen=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("t5", "encoder-decoder"),
+        ("bart", "encoder-decoder"),
+        ("bert", "encoder"),
+        ("roberta", "encoder"),
+        ("gemma3", "images or audio"),
+        ("llama4", "images or audio"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_for_every_method(family, reason):
+    for uses_selfgen in (False, True):
+        with pytest.raises(UserError, match=reason) as error:
+            check(AutoConfig.for_model(family), uses_selfgen)
+        assert f"type {family} " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        *(
+            (family, "recurrent state")
+            for family in ("mamba", "mamba2", "rwkv", "jamba", "falcon_h1", "bamba", "zamba")
+        ),
+        *((family, "recurrent state") for family in ("qwen3_next", "recurrent_gemma", "lfm2", "nemotron_h")),
+        ("bloom", "ALiBi"),
+        ("mpt", "ALiBi"),
+        ("llama4_text", "chunked_attention"),
+        ("deepseek_v4", "compressed_sparse_attention"),
+    ],
+)
+def test_what_the_sampler_cannot_run_is_refused_for_selfgen_only(family, reason):
+    config = AutoConfig.for_model(family)
+    check(config, uses_selfgen=False)
+    with pytest.raises(UserError, match=reason) as error:
+        check(config, uses_selfgen=True)
+    assert "method.name=sft works" in str(error.value)
+
+
+def test_falcon_is_refused_only_with_alibi():
+    with pytest.raises(UserError, match="ALiBi"):
+        check(AutoConfig.for_model("falcon", alibi=True), uses_selfgen=True)
+
+
+def test_an_unknown_family_is_judged_by_its_layers():
+    config = LlamaConfig()
+    config.model_type = "brand_new"
+    config.layer_types = ["full_attention", "conv"]
+    with pytest.raises(UserError, match=r"recurrent state \(layers: conv\)"):
+        check(config, uses_selfgen=True)
+
+
+def test_a_decoder_made_of_an_encoder_passes():
+    check(AutoConfig.for_model("bert", is_decoder=True), uses_selfgen=False)
+    check(GPT2Config(), uses_selfgen=False)
