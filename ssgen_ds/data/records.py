@@ -64,8 +64,9 @@ class RecordMaker:
     Raises UserError at once where the recipe contradicts itself, or names a column that the first row lacks.
     """
 
-    def __init__(self, source: SourceConfig, data: DataConfig, key: str) -> None:
+    def __init__(self, source: SourceConfig, data: DataConfig, key: str, needs_response: bool = True) -> None:
         self.key = key
+        self.needs_response = needs_response
         self.path = source.path
         self.system = data.system
         self._first = True
@@ -96,7 +97,7 @@ class RecordMaker:
             raise BadRow(str(missing)) from None
         finally:
             self._first = False
-        messages = check_messages(named)
+        messages = check_messages(named, self.needs_response)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         digest = content_hash(messages)
@@ -110,14 +111,21 @@ class RecordMaker:
             if not isinstance(messages, list):
                 raise BadRow(f"messages must be a list, got {type(messages).__name__}")
             return messages
-        if not explicit_pair and not {"prompt", "completion"} <= row.keys():
+        needed = {"prompt", "completion"} if self.needs_response else {"prompt"}
+        if not explicit_pair and not needed <= row.keys():
             raise _MissingColumn("neither `messages` nor `prompt` and `completion`", row)
-        completion = _column(row, columns.get("completion", "completion"), "data.columns.completion")
+        completion = self._completion(row)
         if self.pieces is not None:
             prompt: Any = render_template(self.pieces, row)
         else:
             prompt = _column(row, columns.get("prompt", "prompt"), "data.columns.prompt")
-        return _as_messages(prompt, "user", "prompt") + _as_messages(completion, "assistant", "response")
+        return _as_messages(prompt, "user", "prompt") + completion
+
+    def _completion(self, row: Row) -> list[Any]:
+        column = self.columns.get("completion", "completion")
+        if not self.needs_response and row.get(column) in (None, "", []):
+            return []
+        return _as_messages(_column(row, column, "data.columns.completion"), "assistant", "response")
 
     def _id(self, row: Row) -> str | None:
         if not self.id_column:
@@ -164,19 +172,25 @@ def render_template(pieces: list[tuple[str, str | None]], row: Row) -> str:
     return "".join(text)
 
 
-def check_messages(messages: list[Any]) -> list[Message]:
-    """The messages with role and content only. Raises BadRow unless they are well formed and end in a response."""
+def check_messages(messages: list[Any], needs_response: bool = True) -> list[Message]:
+    """The messages with role and content only. Raises BadRow unless they are well formed and end in a response.
+
+    Without `needs_response`, an empty response is added where there is none.
+    """
     if not messages:
         raise BadRow("messages is empty")
     checked = [_check_message(message, number) for number, message in enumerate(messages, 1)]
+    absent = not needs_response and checked[-1]["role"] == "user"
+    if absent:
+        checked.append({"role": "assistant", "content": ""})
     if checked[-1]["role"] != "assistant":
         raise BadRow(f"the last message must be the assistant's, got {checked[-1]['role']!r}")
-    if not checked[-1]["content"].strip():
+    if not absent and not checked[-1]["content"].strip():
         raise BadRow("the response is empty")
     if not any(message["role"] == "user" for message in checked):
         raise BadRow("no prompt: there is no user message before the response")
     for number, message in enumerate(checked, 1):
-        if message["role"] != "system" and not message["content"].strip():
+        if message["role"] == "user" and not message["content"].strip():
             raise BadRow("the prompt is empty" if len(checked) == 2 else f"message {number} is empty")
     return checked
 
