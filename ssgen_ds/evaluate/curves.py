@@ -1,0 +1,221 @@
+"""The report's figures: matplotlib drawings as SVG text; their colours are CSS variables and follow the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = list[dict[str, Any]]
+
+# Drawn with these colours, then replaced by the page's variables, which differ between light and dark.
+INK, RULE, GOLD, SELF, EVAL = "#010101", "#020202", "#030303", "#040404", "#050505"
+CSS_COLOURS = {INK: "--muted", RULE: "--rule", GOLD: "--gold", SELF: "--self", EVAL: "--eval"}
+STYLE = {
+    "svg.fonttype": "none",  # real text in the page's own font
+    "svg.hashsalt": "ssgen",  # the same run gives the same file
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    title: str
+    svg: str
+    is_wide: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one self-generation round cost: model passes, and generation's part of the time, 0 to 1."""
+
+    number: int
+    passes: float
+    generation_share: float
+
+
+def draw_curves(rows: Rows) -> list[Curve]:
+    """Every figure that the rows have numbers for, in reading order. `rows`: metrics.jsonl, in step order."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        curves = [_loss_curve(rows)]
+        if any(_series(rows, "sampled_token_share")[1]) or any(_series(rows, "mix_rate")[1]):
+            curves.append(_mixing_curve(rows))
+        rounds = summarize_rounds(rows)
+        if any(item.passes for item in rounds):
+            curves.append(_passes_curve(rounds))
+        if any(item.generation_share for item in rounds):
+            curves.append(_time_curve(rounds))
+        curves.append(_single_curve(rows, "lr", "Learning rate", "learning rate"))
+        curves.append(_single_curve(rows, "grad_norm", "Gradient norm", "global L2 norm, before clipping"))
+    return curves
+
+
+def summarize_rounds(rows: Rows) -> list[Round]:
+    """One entry a round. A round's generation is booked on its first row."""
+    groups: dict[int, Rows] = {}
+    for row in rows:
+        groups.setdefault(row["round"], []).append(row)
+    rounds = []
+    for number, group in groups.items():
+        generation, training = total(group, "selfgen_seconds"), total(group, "step_seconds")
+        passes = max(_series(group, "selfgen_passes")[1], default=0.0)
+        rounds.append(Round(number, passes, generation / max(generation + training, 1e-9)))
+    return rounds
+
+
+def total(rows: Rows, key: str) -> float:
+    """Sum of a column; a missing or unknown (null) value counts nothing."""
+    return sum(_series(rows, key)[1])
+
+
+def smooth(values: list[float], window: int) -> np.ndarray:
+    """Centred running mean over `window` (odd) values; the window shrinks symmetrically towards both ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    reach = np.minimum(np.minimum(centre, centre[::-1]), window // 2)
+    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
+
+
+def smoothing_window(num_steps: int) -> int:
+    """A twentieth of the run, odd; 1 (no smoothing) for the shortest runs."""
+    return max(num_steps // 20, 1) // 2 * 2 + 1
+
+
+def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a number for `key`."""
+    known = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in known], [float(value) for _, value in known]
+
+
+def _loss_curve(rows: Rows) -> Curve:
+    steps, losses = _series(rows, "loss")
+    eval_steps, eval_losses = _series(rows, "eval_loss")
+    window = smoothing_window(len(losses))
+
+    def draw(axes: Axes) -> None:
+        if window > 1:
+            axes.plot(steps, losses, color=GOLD, alpha=0.28, linewidth=0.9, label="training")
+            axes.plot(steps, smooth(losses, window), color=GOLD, label=f"training, mean of {window} steps")
+        else:
+            axes.plot(steps, losses, color=GOLD, label="training", **_dots(steps))
+        if eval_steps:
+            axes.plot(eval_steps, eval_losses, "o-", color=EVAL, markersize=4.5, linewidth=1, label="evaluation")
+        axes.set_ylabel("nats per token")
+
+    return Curve("Loss", _svg(draw, "loss", size=(8.6, 2.9)), is_wide=True)
+
+
+def _mixing_curve(rows: Rows) -> Curve:
+    def draw(axes: Axes) -> None:
+        for key, colour, label in (("mix_rate", INK, "mix rate"), ("sampled_token_share", SELF, "sampled-token share")):
+            steps, values = _series(rows, key)
+            if steps:
+                axes.plot(steps, values, color=colour, label=label, **_dots(steps))
+        axes.set_ylabel("share of response tokens")
+        axes.set_ylim(bottom=0)
+
+    return Curve("Self-generated tokens", _svg(draw, "mix"))
+
+
+def _passes_curve(rounds: list[Round]) -> Curve:
+    def draw(axes: Axes) -> None:
+        numbers = [item.number for item in rounds]
+        axes.plot(numbers, [item.passes for item in rounds], color=SELF, **_dots(numbers))
+        axes.set_ylabel("model passes")
+        axes.set_ylim(bottom=0)
+
+    return Curve("Passes per round", _svg(draw, "passes", x_label="round"))
+
+
+def _time_curve(rounds: list[Round]) -> Curve:
+    from matplotlib.ticker import PercentFormatter
+
+    def draw(axes: Axes) -> None:
+        numbers = [item.number for item in rounds]
+        shares = [item.generation_share for item in rounds]
+        axes.fill_between(numbers, shares, color=SELF, alpha=0.16, linewidth=0)
+        axes.plot(numbers, shares, color=SELF, **_dots(numbers))
+        axes.set_ylabel("share of wall-clock time")
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+    return Curve("Time spent generating", _svg(draw, "time", x_label="round"))
+
+
+def _single_curve(rows: Rows, key: str, title: str, y_label: str) -> Curve:
+    def draw(axes: Axes) -> None:
+        steps, values = _series(rows, key)
+        axes.plot(steps, values, color=GOLD, **_dots(steps))
+        axes.set_ylabel(y_label)
+        axes.set_ylim(bottom=0)
+
+    return Curve(title, _svg(draw, key))
+
+
+def _dots(points: list[int]) -> dict[str, Any]:
+    """Few points are shown one by one: a lone point draws no line at all."""
+    return {"marker": "o", "markersize": 3.5} if len(points) <= 24 else {}
+
+
+def _svg(draw: Any, name: str, x_label: str = "optimizer step", size: tuple[float, float] = (4.2, 2.5)) -> str:
+    """Run `draw(axes)` on a fresh figure and return an <svg> element that can sit inside a page with others."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4)) if name == "lr" else None
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, borderpad=0, handlelength=1.4)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _for_page(buffer.getvalue(), name)
+
+
+def _for_page(svg: str, name: str) -> str:
+    """Drop the XML prologue, make ids unique in the page and turn colours into CSS variables."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(
+        r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', svg
+    )
+    return _replace_all(svg, ((colour, f"var({variable})") for colour, variable in CSS_COLOURS.items()))
+
+
+def _replace_all(text: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        text = text.replace(old, new)
+    return text
