@@ -1,6 +1,6 @@
 """The recipe: typed, validated in one go, every default written here and only here. Imports no torch.
 
-    recipe = load_recipe("recipes/demo.yaml", ["train.lr=1e-5"])
+recipe = load_recipe("recipes/demo.yaml", ["train.lr=1e-5"])
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssgen_ds.errors import UserError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _block_size(value: int | str) -> int | str:
+    if value != "all" and not (isinstance(value, int) and value >= 1):
+        raise ValueError("must be 'all' or a whole number from 1 on")
+    return value
 
 
 class Section(BaseModel):
@@ -134,7 +140,8 @@ class TrainConfig(Section):
 class SelfgenConfig(Section):
     refresh_every: Positive = 8  # optimizer steps per round
     noise: Literal["fresh", "common"] = "fresh"
-    block: Literal["all"] | Positive = "all"  # BSS block size, counted in coins; drafts decode one by one
+    # BSS block size, counted in coins; drafts decode token by token.
+    block: Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_block_size)] = "all"
     batch: Positive = 8  # sequences generated together on one rank
 
 
@@ -168,6 +175,17 @@ class Recipe(Section):
     output_dir: str
     resume: str = "auto"  # auto | never | PATH of a checkpoint
 
+
+# What users of other trainers will type.
+PEERS_WORDS = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch", "train_batch_size": "global_batch", "batch_size": "global_batch",
+    "max_grad_norm": "clip", "gradient_clipping": "clip", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
+    "warmup_steps": "warmup", "optim": "optimizer", "model_name_or_path": "path", "base_model": "path",
+    "torch_dtype": "dtype", "attn_implementation": "attention", "lora_r": "rank", "r": "rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "dataset": "train", "datasets": "train", "max_length": "max_prompt_tokens",
+    "save_steps": "every", "eval_steps": "every", "save_total_limit": "keep", "report_to": "tensorboard",
+}  # fmt: skip
 
 # Keys that may differ on resume: they change where or how often something is written or how the arithmetic is cut up,
 # not what is trained.
@@ -211,6 +229,7 @@ def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     except ValidationError as error:
         problems = list(dict.fromkeys(_sentence(item) for item in error.errors()))
         pruned = _without(raw, [item["loc"] for item in error.errors() if item["type"] != "missing"])
+        pruned = _with_placeholders(pruned)
         try:
             return Recipe.model_validate(pruned), problems
         except ValidationError:
@@ -219,15 +238,22 @@ def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 def _sentence(item: Any) -> str:
     """One line for one pydantic error: dotted key, what is wrong, nearest known key."""
-    location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+    location = list(item["loc"])
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
+        near = _nearest_key(str(location[-1]), _known_keys(location[:-1]))
+        hint = f"; did you mean {'.'.join([*map(str, location[:-1]), near])}?" if near else ""
         return f"{key}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{key}: required, but not given"
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _nearest_key(unknown: str, known: list[str]) -> str | None:
+    """By spelling, or by the name that other trainers give to the same thing, itself perhaps misspelt."""
+    words = {**PEERS_WORDS, **{key: key for key in known}}
+    near = difflib.get_close_matches(unknown, [word for word, key in words.items() if key in known], n=1, cutoff=0.5)
+    return words[near[0]] if near else None
 
 
 def _known_keys(location: list[Any]) -> list[str]:
@@ -238,6 +264,15 @@ def _known_keys(location: list[Any]) -> list[str]:
         annotation = section.model_fields[part].annotation
         section = SourceConfig if part in ("train", "eval") and section is DataConfig else annotation
     return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _with_placeholders(raw: dict[str, Any]) -> dict[str, Any]:
+    """Required keys that are missing or were faulty, filled so that the cross-field checks still run."""
+    sections = {key: raw[key] if isinstance(raw.get(key), dict) else {} for key in ("model", "data", "train")}
+    filled = {"output_dir": "-", **raw, **sections}
+    filled["model"] = {"path": "-", **sections["model"]}
+    filled["data"] = {"train": ["-"], **sections["data"]}
+    return filled
 
 
 def _without(raw: Any, locations: list[tuple[Any, ...]]) -> Any:
@@ -254,7 +289,7 @@ def _without(raw: Any, locations: list[tuple[Any, ...]]) -> Any:
 
 def cross_field_problems(recipe: Recipe) -> list[str]:
     """What no single field shows. One sentence a problem, naming the field and the fix."""
-    problems = []
+    problems: list[str] = []
     train, data, method = recipe.train, recipe.data, recipe.method
     if (train.epochs is None) == (train.max_steps is None):
         problems.append("train: give exactly one of train.epochs and train.max_steps")

@@ -1,0 +1,172 @@
+"""From a recipe to a Trainer. Cheap checks first: everything a user can get wrong is found before weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssgen_ds import checkpoint, run_folder
+from ssgen_ds.config import Recipe
+from ssgen_ds.data.loader import Datasets, build_datasets
+from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.distributed import World
+from ssgen_ds.ds_config import build_ds_config, offloads_optimizer, zero_stage
+from ssgen_ds.errors import UserError
+from ssgen_ds.logbook import Logbook, missing_packages
+from ssgen_ds.modeling import families
+from ssgen_ds.modeling.adapters import apply_adapter, param_groups
+from ssgen_ds.modeling.gguf import cache_root
+from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
+from ssgen_ds.progress import Progress
+from ssgen_ds.selfgen.bss import context_sequence
+from ssgen_ds.selfgen.engine_sampler import EngineSampler
+from ssgen_ds.selfgen.rounds import RoundGenerator
+from ssgen_ds.signals import StopFlag
+from ssgen_ds.trainer import Trainer
+
+
+@dataclass
+class Inputs:
+    """Tokens in every form."""
+
+    tokenizer: Any
+    chat: ChatFormat
+    datasets: Datasets
+    vocab_size: int  # width of the logits; the tokenizer may know fewer
+
+
+@dataclass
+class Foundations:
+    """What is known before any weight is loaded."""
+
+    recipe: Recipe
+    checkpoint: Path | None
+    ds_config: dict[str, Any]
+    inputs: Inputs
+    total_steps: int
+
+
+def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
+    """Run folder, tokenizer, data, DeepSpeed file; None when the run in output_dir is already finished."""
+    found = world.together(lambda: run_folder.open_run(recipe) if world.is_main else None)
+    checkpoint_path = world.broadcast(found)
+    if world.broadcast(run_folder.is_finished(Path(recipe.output_dir))):
+        return None
+    dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
+    ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
+    world.together(lambda: _refuse(missing_packages(recipe.log)))
+    inputs = prepare_inputs(recipe, world)
+    total_steps = recipe.train.max_steps or recipe.train.epochs * inputs.datasets.plan.steps_per_epoch
+    return Foundations(recipe, checkpoint_path, ds_config, inputs, total_steps)
+
+
+def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
+    """Tokenizer, model configuration and data, checked against each other, the same on every rank."""
+    tokenizer = world.main_first(lambda: load_tokenizer(recipe.model))
+    config = world.together(lambda: load_config(recipe.model))
+    world.together(lambda: families.check(config, recipe.method.name != "sft"))
+    chat = world.together(lambda: ChatFormat(tokenizer, recipe.data, _generation_stops(config)))
+    world.together(lambda: _refuse(context_problems(recipe, chat, config.get_text_config())))
+    datasets = world.main_first(lambda: build_datasets(recipe, chat, cache_dir=cache_root() / "data"))
+    return Inputs(tokenizer, chat, datasets, config.get_text_config().vocab_size)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _generation_stops(config: Any) -> list[int]:
+    """End-of-sequence ids that the model's configuration names; one, several or none."""
+    stops = config.get_text_config().eos_token_id
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+
+
+def context_problems(recipe: Recipe, chat: ChatFormat, config: Any) -> list[str]:
+    """Whether the longest sequence that the recipe allows fits the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)  # a family trait: some have no limit
+    longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    what = "data.max_prompt_tokens + data.max_response_tokens"
+    if recipe.method.uses_rac:
+        rac = recipe.method.rac
+        longest += rac.max_draft_tokens + len(chat.correction_ids(rac.correction_cue))
+        what += " + method.rac.max_draft_tokens + the correction cue"
+        if rac.target == "rewrite":  # its prompt also shows the reference
+            longest += recipe.data.max_response_tokens + len(chat.correction_ids(rac.rewrite_cue))
+            what += " + data.max_response_tokens + the rewrite cue"
+    if limit is None or longest <= limit:
+        return []
+    return [f"{what} = {longest} tokens, but the model has {limit} positions; lower data.max_prompt_tokens"]
+
+
+def build_engine(foundations: Foundations, world: World) -> Any:
+    """Load the model, add the adapter, hand both to DeepSpeed."""
+    import deepspeed
+
+    recipe, ds_config = foundations.recipe, foundations.ds_config
+    model = world.together(lambda: load_model(recipe.model, recipe.adapter, ds_config, device=world.device))
+    if recipe.adapter.kind == "lora":
+        model = world.together(
+            lambda: apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
+        )
+    groups = param_groups(model, recipe.train.weight_decay)
+    adam = {"lr": recipe.train.lr, "betas": recipe.train.betas, "weight_decay": recipe.train.weight_decay}
+    if offloads_optimizer(ds_config):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, **adam)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adam)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Trainer:
+    """The trainer at its starting point: step 0, or the checkpoint's."""
+    recipe, path = foundations.recipe, foundations.checkpoint
+    stage = zero_stage(foundations.ds_config)
+    state = checkpoint.TrainState(0, 0, 0, foundations.inputs.datasets.fingerprint, world.size, stage)
+    if path is not None:
+        saved = world.together(lambda: checkpoint.read_state(path))
+        world.together(lambda: checkpoint.check_resumable(path, saved, state))
+        state = saved
+    engine = build_engine(foundations, world)
+    if path is not None:
+        checkpoint.load_engine(engine, path, adapter_only=recipe.adapter.kind != "none")
+    logbook = world.together(lambda: _open_logbook(foundations, state.step, stage, world) if world.is_main else None)
+    sampler = EngineSampler(engine.module, world, sharded=stage == 3, batch=recipe.selfgen.batch)
+    return Trainer(
+        recipe=recipe,
+        world=world,
+        engine=engine,
+        plan=foundations.inputs.datasets.plan,
+        eval_sequences=[context_sequence(example, None) for example in foundations.inputs.datasets.evaluation],
+        generator=RoundGenerator(recipe, foundations.inputs.chat, foundations.inputs.vocab_size, sampler),
+        state=state,
+        total_steps=foundations.total_steps,
+        logbook=logbook,
+        progress=Progress(
+            foundations.total_steps, world.is_main, state.step, steps_per_round=recipe.selfgen.refresh_every
+        ),
+        stop=stop,
+        resumed_round=None if path is None or recipe.method.name == "sft" else path / "round.parquet",
+    )
+
+
+def _open_logbook(foundations: Foundations, step: int, stage: int, world: World) -> Logbook:
+    recipe = foundations.recipe
+    run_dir = Path(recipe.output_dir)
+    environment = run_folder.describe_environment(
+        world_size=world.size,
+        device=str(world.device.type),
+        zero_stage=stage,
+        total_steps=foundations.total_steps,
+        data=foundations.inputs.datasets.summary,
+    )
+    run_folder.start_run(recipe, environment)
+    return Logbook(
+        run_dir, recipe.log, step if foundations.checkpoint else None, run_dir.name, recipe.model_dump(mode="json")
+    )

@@ -1,0 +1,99 @@
+"""`ssgen`: thin, one function a command. Heavy imports live inside the functions: `ssgen --help` needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssgen_ds.launch import drop_local_rank, guarded
+
+app = typer.Typer(
+    help="Finetune language models on the tokens that they generate themselves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance train.lr=1e-5.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+ModelPath = Annotated[
+    str, typer.Option("--model", help="Run folder, checkpoint, adapter, Hugging Face folder or id, or GGUF file.")
+]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train by a recipe. Several processes: deepspeed, torchrun or srun with `-m ssgen_ds.train`."""
+    from ssgen_ds.config import load_recipe
+    from ssgen_ds.train import train as run
+
+    run(load_recipe(recipe, overrides))
+
+
+@app.command()
+def preview(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Examples to show.")] = 3,
+) -> None:
+    """Show tokens, labels, EOS, the gold/self mix and a correction example, coloured, before training."""
+    from ssgen_ds.config import load_recipe
+    from ssgen_ds.preview import preview as run
+
+    run(load_recipe(recipe, overrides), number)
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    data: Annotated[str, typer.Option(help="File with prompts, in any of the data formats.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write.")],
+    correct: Annotated[int, typer.Option(min=0, help="Correction turns after the first answer.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: int = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt template over the columns; default: the run's.")] = None,
+) -> None:
+    """Answer every prompt of a file, with optional self-correction."""
+    from ssgen_ds.generate import GenerateSettings
+    from ssgen_ds.generate import generate as run
+
+    run(
+        GenerateSettings(
+            model, data, out, correct, max_new_tokens, temperature, top_k, top_p, seed, batch, limit, prompt
+        )
+    )
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write one self-contained report.html for a run; also while it is running."""
+    from ssgen_ds.evaluate.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+) -> None:
+    """Write the trained model as a Hugging Face folder."""
+    from ssgen_ds.references import export_run
+
+    export_run(run, out, merge)
+
+
+def main() -> None:
+    """Console entry: exit codes and messages as INTERFACE has them."""
+    guarded(lambda arguments: app(args=arguments, standalone_mode=True), drop_local_rank(sys.argv[1:]))

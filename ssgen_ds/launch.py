@@ -1,0 +1,62 @@
+"""What every entry point shares: launcher arguments, exit codes, one message instead of a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from ssgen_ds.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
+
+
+def split_arguments(arguments: list[str], usage: str, expected: int) -> tuple[list[str], list[str]]:
+    """Positional arguments and key=value overrides; `--local_rank` (the deepspeed launcher's) is accepted."""
+    rest = drop_local_rank(arguments)
+    options = [item for item in rest if item.startswith("-")]
+    overrides = [item for item in rest if "=" in item and not item.startswith("-")]
+    positional = [item for item in rest if item not in overrides and not item.startswith("-")]
+    if options or len(positional) != expected:
+        raise UserError(f"usage: {usage}" + (f"; unknown option {options[0]}" if options else ""))
+    return positional, overrides
+
+
+def drop_local_rank(arguments: list[str]) -> list[str]:
+    """Arguments without `--local_rank N` in any spelling; it also fills LOCAL_RANK where the launcher did not."""
+    rest: list[str] = []
+    items = iter(arguments)
+    for item in items:
+        name, _, value = item.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value or next(items, "0"))
+        else:
+            rest.append(item)
+    return rest
+
+
+def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run an entry point and leave with the exit code of INTERFACE: 0, 2 (user), 75 (stopped), 1 (anything else)."""
+    quiet_libraries()
+    try:
+        work(arguments)
+    except UserError as error:
+        _leave(EXIT_USER_ERROR, f"error: {error}")
+    except StopRequested as stopped:
+        _leave(EXIT_STOPPED, str(stopped))
+    except KeyboardInterrupt:
+        _leave(EXIT_FAILURE, "interrupted")
+    sys.exit(EXIT_OK)
+
+
+def _leave(code: int, message: str) -> None:
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:  # the others say the same
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Warnings and above from the libraries; our own messages at info level."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("ssgen_ds").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

@@ -1,0 +1,116 @@
+"""What `--model` may be: a run folder, a checkpoint, an adapter folder, a Hugging Face folder or id, a GGUF file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ssgen_ds.checkpoint import ENGINE_TAG, MARKER, complete_checkpoints
+from ssgen_ds.config import AdapterConfig, ModelConfig, Recipe, parse_recipe
+from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.adapters import apply_adapter
+from ssgen_ds.modeling.export import merge_adapter, save_model
+from ssgen_ds.modeling.load import load_model, load_tokenizer, resolve_dtype, resolve_model_path, split_adapter
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to load, and the recipe it was trained by where that is known."""
+
+    model: ModelConfig
+    adapter: Path | None = None
+    checkpoint: Path | None = None
+    recipe: Recipe | None = None
+
+
+def resolve_reference(name: str) -> Reference:
+    """Find out what `name` is, without loading weights. Raises UserError when it is nothing we know."""
+    path = Path(name)
+    if (path / MARKER).is_file():
+        recipe = _read_recipe(path.parent.parent)
+        return Reference(recipe.model, checkpoint=path, recipe=recipe)
+    if (path / "recipe.yaml").is_file():
+        return _resolve_run(path)
+    base, adapter = split_adapter(name)
+    return Reference(ModelConfig(path=base), adapter=None if adapter is None else Path(adapter))
+
+
+def _resolve_run(run_dir: Path) -> Reference:
+    recipe = _read_recipe(run_dir)
+    if (run_dir / "finished.json").is_file():
+        model_dir = run_dir / "model"
+        if recipe.adapter.kind == "none":
+            return Reference(recipe.model.model_copy(update={"path": str(model_dir), "revision": None}), recipe=recipe)
+        return Reference(recipe.model, adapter=model_dir, recipe=recipe)
+    for checkpoint in complete_checkpoints(run_dir):
+        return Reference(recipe.model, checkpoint=checkpoint, recipe=recipe)
+    raise UserError(f"{run_dir}: the run is not finished and has no complete checkpoint yet")
+
+
+def _read_recipe(run_dir: Path) -> Recipe:
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: not a run folder (no recipe.yaml in it)")
+    return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def load_reference(reference: Reference, device: torch.device | str) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a reference, whole on this device."""
+    tokenizer = load_tokenizer(reference.model)
+    model = load_model(reference.model, AdapterConfig(), {}, device=device)
+    if reference.adapter is not None:
+        model = apply_adapter(model, AdapterConfig(kind="lora"), str(reference.adapter), seed=0)
+    if reference.checkpoint is not None:
+        model = _with_checkpoint(model, reference)
+    return model.to(device).eval(), tokenizer
+
+
+def _with_checkpoint(model: Any, reference: Reference) -> Any:
+    """Put the weights of a DeepSpeed checkpoint, of any ZeRO stage, into the model."""
+    recipe = reference.recipe
+    assert recipe is not None and reference.checkpoint is not None
+    if recipe.adapter.kind == "lora":
+        model = apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
+    state = _read_engine_state(reference.checkpoint)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := sorted(wanted - state.keys()):
+        raise UserError(f"{reference.checkpoint}: lacks {missing[0]} and {len(missing) - 1} more parameters")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _read_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine = checkpoint / ENGINE_TAG
+    if any(engine.glob("*optim_states.pt")):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+    files = sorted(engine.glob("mp_rank_*_model_states.pt"))
+    if not files:
+        raise UserError(f"{checkpoint}: no engine state in it")
+    return torch.load(files[0], map_location="cpu", weights_only=False)["module"]
+
+
+def export_run(run: Path, out: Path, merge: bool) -> None:
+    """`ssgen export`: the trained model as a Hugging Face folder; with `merge`, the adapter folded into its base."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists and is not empty")
+    reference = resolve_reference(str(run))
+    if merge and reference.adapter is None:
+        raise UserError(f"--merge: {run} has no finished adapter to merge")
+    dtype = resolve_dtype(reference.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if merge:
+        difference = merge_adapter(reference.model, str(reference.adapter), out, dtype)
+        print(f"{out}: merged; the logits differ by at most {difference:.1e} from base + adapter")
+    elif (run / "finished.json").is_file():
+        shutil.copytree(run / "model", out, dirs_exist_ok=True)
+        print(out)
+    else:
+        model, tokenizer = load_reference(reference, "cpu")
+        save_model(model, tokenizer, out, resolve_model_path(reference.model.path).path, is_main=True)
+        print(f"{out}: from {reference.checkpoint}")

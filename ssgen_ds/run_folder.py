@@ -1,0 +1,95 @@
+"""The run folder: created, recognised, continued or refused; nothing in it is ever overwritten by another run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssgen_ds.checkpoint import find_checkpoint
+from ssgen_ds.config import Recipe, changed_keys, dump_recipe, parse_recipe
+from ssgen_ds.errors import UserError
+
+PACKAGES = ("ssgen-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
+
+
+def open_run(recipe: Recipe) -> Path | None:
+    """Decide on rank 0 how to start: the checkpoint to continue from, or None for step 0.
+
+    Raises UserError when output_dir belongs to something else, or to a run whose recipe trains differently.
+    """
+    run_dir = Path(recipe.output_dir)
+    saved = run_dir / "recipe.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"output_dir: {run_dir} is a file")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not saved.is_file():
+            raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
+        if recipe.resume == "never":
+            raise UserError(f"output_dir: {run_dir} holds a run and resume is never; name another, or resume=auto")
+        previous = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+        changes = changed_keys(previous, recipe)
+        if changes:
+            raise UserError.from_list(
+                f"output_dir: {run_dir} holds a run with another recipe; undo the changes or name another output_dir",
+                changes,
+            )
+    return find_checkpoint(run_dir, recipe.resume)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run in this folder has trained all its steps and exported the model."""
+    return (run_dir / "finished.json").is_file()
+
+
+def mark_finished(run_dir: Path, step: int) -> None:
+    (run_dir / "finished.json").write_text(json.dumps({"step": step, "time": _now()}), encoding="utf-8")
+
+
+def start_run(recipe: Recipe, environment: dict[str, Any]) -> None:
+    """Write the resolved recipe and the environment (rank 0)."""
+    run_dir = Path(recipe.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+    (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def describe_environment(**facts: Any) -> dict[str, Any]:
+    """Versions, command, commit, and what the caller knows (ranks, device, ZeRO stage)."""
+    return {
+        "time": _now(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+        **facts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

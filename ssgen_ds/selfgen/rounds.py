@@ -1,0 +1,171 @@
+"""A round: everything the model generates for the next `refresh_every` optimizer steps, with the current weights.
+
+    plan items -> BSS mixed contexts, RAC drafts -> cuts -> rewrites -> records -> training sequences
+
+Records are complete: a round written to disk and read back trains exactly as the one in memory, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ssgen_ds.config import Recipe, SamplingConfig
+from ssgen_ds.data.tokenize import ChatFormat, Example
+from ssgen_ds.evaluate.metrics import score
+from ssgen_ds.selfgen import bss, rac
+from ssgen_ds.selfgen.engine_sampler import EngineSampler
+from ssgen_ds.selfgen.filters import Sampling
+from ssgen_ds.selfgen.fixed_point import Request, Sampled, SamplerStats
+from ssgen_ds.selfgen.noise import Stream, sequence_key
+from ssgen_ds.window import Sequence
+
+PhaseProgress = Callable[[str, int, int], None]  # phase, sequences done, sequences in all
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One example at the optimizer step (0-based) that trains on it."""
+
+    step: int
+    example: Example
+    visit: int
+    mix_rate: float
+
+
+@dataclass
+class Record:
+    """What was generated for one slot. None: the method does not generate it, or nothing was to be generated."""
+
+    step: int
+    example_id: str
+    visit: int
+    mix_rate: float
+    gold_ids: list[int]
+    coins: list[bool] | None = None
+    mixed_ids: list[int] | None = None
+    bss_passes: int = 0
+    draft_ids: list[int] | None = None  # without the stop id
+    draft_kept: int | None = None  # tokens of the draft that the cut keeps
+    rewrite_ids: list[int] | None = None
+    target_ids: list[int] | None = None  # of the correction; None: no correction example
+    target_kind: str | None = None  # reference | rewrite
+
+
+@dataclass
+class RoundStats:
+    """Cost of one round, over all ranks."""
+
+    seconds: float = 0.0
+    sampler: SamplerStats = field(default_factory=SamplerStats)
+
+
+@dataclass
+class RoundGenerator:
+    """Generates rounds by the recipe's method. Every rank calls it with the same slots and gets the same records."""
+
+    recipe: Recipe
+    chat: ChatFormat
+    vocab_size: int
+    sampler: EngineSampler
+
+    def generate(
+        self, slots: list[Slot], progress: PhaseProgress = lambda phase, done, total: None
+    ) -> tuple[list[Record], RoundStats]:
+        """One record for each slot, in order."""
+        stats = RoundStats()
+        records = [
+            Record(slot.step, slot.example.id, slot.visit, slot.mix_rate, slot.example.response_ids) for slot in slots
+        ]
+        method = self.recipe.method
+        if method.uses_bss and any(slot.mix_rate > 0 for slot in slots):
+            self._mix(slots, records, stats, progress)
+        if method.uses_rac and method.rac.correction_weight > 0:
+            self._draft(slots, records, stats, progress)
+            if method.rac.target == "rewrite":
+                self._rewrite(slots, records, stats, progress)
+        return records, stats
+
+    def _key(self, slot: Slot, stream: Stream) -> int:
+        visit = slot.visit if self.recipe.selfgen.noise == "fresh" else 0
+        return sequence_key(self.recipe.train.seed, stream, slot.example.id, visit)
+
+    def _sample(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        block: int | None,
+        stats: RoundStats,
+        phase: str,
+        progress: PhaseProgress,
+    ) -> list[Sampled]:
+        results, cost, seconds = self.sampler.sample(
+            requests, sampling, block, lambda done, total: progress(phase, done, total)
+        )
+        stats.seconds += seconds
+        stats.sampler.add(cost)
+        return results
+
+    def _mix(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+        block = None if self.recipe.selfgen.block == "all" else self.recipe.selfgen.block
+        sampling = self._sampling(self.recipe.method.bss, keep=())
+        requests = [bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS)) for slot in slots]
+        results = self._sample(requests, sampling, block, stats, "mixing", progress)
+        for record, request, result in zip(records, requests, results, strict=True):
+            record.coins, record.mixed_ids, record.bss_passes = request.coins, result.tokens, result.passes
+
+    def _draft(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+        settings = self.recipe.method.rac
+        stop_ids = frozenset(self.chat.stop_ids)
+        requests = [
+            rac.free_request(
+                slot.example.prompt_ids, settings.max_draft_tokens, self._key(slot, Stream.DRAFT), stop_ids
+            )
+            for slot in slots
+        ]
+        sampling = self._sampling(settings, keep=stop_ids)
+        results = self._sample(requests, sampling, 1, stats, "drafting", progress)
+        for slot, record, result in zip(slots, records, results, strict=True):
+            record.draft_ids = rac.content_ids(result)
+            record.draft_kept = rac.kept_length(len(record.draft_ids), settings.cut, self._key(slot, Stream.CUT))
+            if record.draft_ids:
+                record.target_ids, record.target_kind = record.gold_ids, "reference"
+
+    def _rewrite(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+        settings = self.recipe.method.rac
+        stop_ids = frozenset(self.chat.stop_ids)
+        chosen = [(slot, record) for slot, record in zip(slots, records, strict=True) if record.draft_ids]
+        requests = []
+        for slot, record in chosen:
+            cue_ids = self.chat.correction_ids(settings.rewrite_cue.replace("{reference}", slot.example.reference))
+            prompt_ids = slot.example.prompt_ids + record.draft_ids + cue_ids
+            budget = self.recipe.data.max_response_tokens
+            requests.append(rac.free_request(prompt_ids, budget, self._key(slot, Stream.REWRITE), stop_ids))
+        results = self._sample(requests, self._sampling(settings, keep=stop_ids), 1, stats, "rewriting", progress)
+        for (slot, record), result in zip(chosen, results, strict=True):
+            record.rewrite_ids = rac.content_ids(result)
+            gold = slot.example.reference
+            draft_score = score(settings.metric, self.chat.decode(record.draft_ids), gold)
+            rewrite_score = score(settings.metric, self.chat.decode(record.rewrite_ids), gold)
+            # A rewrite that ran out of tokens has no end to learn from.
+            if result.stopped and rac.accept_rewrite(rewrite_score, draft_score):
+                record.target_ids = [*record.rewrite_ids, self.chat.turn_end_id]
+                record.target_kind = "rewrite"
+
+    def _sampling(self, settings: SamplingConfig, keep: frozenset[int] | tuple[int, ...]) -> Sampling:
+        banned = tuple(self.chat.banned_ids(self.vocab_size, keep=keep))
+        return Sampling(settings.temperature, settings.top_k, settings.top_p, banned)
+
+    def sequences(self, slot: Slot, record: Record) -> list[Sequence]:
+        """The training sequences of one slot: the example itself and, with RAC, its correction."""
+        sequences = [bss.context_sequence(slot.example, record.mixed_ids)]
+        if record.target_ids is not None:
+            rac_settings = self.recipe.method.rac
+            cue_ids = self.chat.correction_ids(rac_settings.correction_cue)
+            draft_ids = record.draft_ids[: record.draft_kept]
+            sequences.append(
+                rac.correction_sequence(
+                    slot.example, draft_ids, cue_ids, record.target_ids, rac_settings.correction_weight
+                )
+            )
+        return sequences

@@ -1,0 +1,49 @@
+"""Rounds on disk: `selfgen/round-00001.parquet`, one row for each slot, written and renamed by rank 0."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssgen_ds.selfgen.rounds import Record
+
+_TOKENS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("example_id", pa.string()),
+        ("visit", pa.int64()),
+        ("mix_rate", pa.float64()),
+        ("gold_ids", _TOKENS),
+        ("coins", pa.list_(pa.bool_())),
+        ("mixed_ids", _TOKENS),
+        ("bss_passes", pa.int32()),
+        ("draft_ids", _TOKENS),
+        ("draft_kept", pa.int32()),
+        ("rewrite_ids", _TOKENS),
+        ("target_ids", _TOKENS),
+        ("target_kind", pa.string()),
+    ]
+)
+
+
+def round_path(run_dir: Path, number: int) -> Path:
+    """File of the 1-based round."""
+    return run_dir / "selfgen" / f"round-{number:05d}.parquet"
+
+
+def write_round(path: Path, records: list[Record]) -> None:
+    """Write all records of a round; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist([asdict(record) for record in records], SCHEMA), partial, compression="zstd")
+    os.replace(partial, path)
+
+
+def read_round(path: Path) -> list[Record]:
+    """The records of a round, in the order of their slots."""
+    return [Record(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]

@@ -1,0 +1,34 @@
+"""Stop on request. The handler only records; ranks agree at the next step (`World.any`)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopFlag:
+    """Set by the first stop signal; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Install the handlers, and put back what was there before."""
+    flag = StopFlag()
+    previous = {number: signal.signal(number, flag.handle) for number in STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

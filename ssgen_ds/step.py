@@ -1,0 +1,94 @@
+"""ONE optimizer step: window -> loss -> backward -> step -> StepStats.
+
+    loss = sum(w_i * nll_i) / sum(w_i)     over all label tokens of the window, on all ranks
+
+DeepSpeed averages gradients over ranks, so each rank's part is multiplied by their number; and it must not divide by
+the accumulation steps, because the one division by the global weight already covers them (METHOD, Loss normalisation).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssgen_ds.distributed import World
+from ssgen_ds.loss import token_nll
+from ssgen_ds.window import Window
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient is NaN or infinite; raised on every rank, before the weights are touched."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    loss: float  # nats per unit of label weight
+    grad_norm: float  # global, before clipping
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStats:
+    """One update of the weights from one window, the same on every rank."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    weighted_sum = torch.zeros((), dtype=torch.float64)
+    last = len(window.micro_batches) - 1
+    for i, batch in enumerate(window.micro_batches):
+        engine.set_gradient_accumulation_boundary(i == last)
+        nll_N = token_nll(engine, batch.input_ids_BL, batch.labels_BL, batch.lengths_B)
+        micro_sum = (nll_N * batch.weights_N).sum()
+        engine.backward(micro_sum * (world.size / window.global_weight), scale_wrt_gas=False)
+        weighted_sum += micro_sum.detach().double().cpu()
+    loss = world.sum(weighted_sum.item())[0] / window.global_weight
+    grad_norm = _local_grad_norm(engine)
+    if world.any(not math.isfinite(loss) or not math.isfinite(grad_norm)):
+        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: the weights were left as they were")
+    engine.step()
+    if not engine.was_step_applied():
+        raise NonFiniteError("the gradient is not finite; DeepSpeed skipped the update, the weights are as they were")
+    return StepStats(loss, grad_norm if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _local_grad_norm(engine: Any) -> float:
+    """Norm of the reduced gradients where DeepSpeed does not look at them itself: plain float32 without ZeRO."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return 0.0
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+@torch.no_grad()
+def evaluation_loss(engine: Any, window: Window, world: World) -> float:
+    """The loss of a window, in nats per label, without a gradient. The caller puts the model in eval mode."""
+    weighted_sum = sum(
+        (token_nll(engine.module, batch.input_ids_BL, batch.labels_BL, batch.lengths_B) * batch.weights_N)
+        .double()
+        .sum()
+        .item()
+        for batch in window.micro_batches
+    )
+    return world.sum(weighted_sum)[0] / window.global_weight
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Learning rate of 0-based step `step`: linear warm-up, then the schedule down to 0 after the last step.
+
+    `warmup` below 1 is a share of all steps, else a number of steps.
+    """
+    warmup_steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown learning rate schedule {schedule!r}")

@@ -1,0 +1,223 @@
+"""Cadence only: round, step, log, evaluate, save, stop. What each of them does is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssgen_ds.checkpoint import TrainState, save_checkpoint
+from ssgen_ds.config import Recipe
+from ssgen_ds.data.loader import StepPlan
+from ssgen_ds.distributed import World
+from ssgen_ds.errors import StopRequested
+from ssgen_ds.logbook import Logbook
+from ssgen_ds.progress import Progress
+from ssgen_ds.selfgen.engine_sampler import inference_mode
+from ssgen_ds.selfgen.rounds import Record, RoundGenerator, RoundStats, Slot
+from ssgen_ds.selfgen.samples import describe_records
+from ssgen_ds.selfgen.schedule import mix_rate_at
+from ssgen_ds.selfgen.store import read_round, round_path, write_round
+from ssgen_ds.signals import StopFlag
+from ssgen_ds.step import NonFiniteError, StepStats, evaluation_loss, learning_rate_at, train_step
+from ssgen_ds.window import Sequence, Window, build_window
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, built by `build.py`; `fit` runs it to the end or to a requested stop."""
+
+    recipe: Recipe
+    world: World
+    engine: Any
+    plan: StepPlan
+    eval_sequences: list[Sequence]
+    generator: RoundGenerator
+    state: TrainState
+    total_steps: int
+    logbook: Logbook | None  # rank 0 only
+    progress: Progress
+    stop: StopFlag
+    resumed_round: Path | None = None  # the checkpoint's copy of the round in progress
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def fit(self) -> None:
+        """Train from `state.step` to `total_steps`. Raises StopRequested after a checkpoint when asked to stop."""
+        slots: dict[int, list[Slot]] = {}
+        records: dict[int, list[Record]] = {}
+        round_stats = RoundStats()
+        for step in range(self.state.step, self.total_steps):
+            if step not in slots:
+                slots, records, round_stats = self._open_round(step)
+            started = time.perf_counter()
+            sequences = [
+                sequence
+                for slot, record in zip(slots[step], records[step], strict=True)
+                for sequence in self.generator.sequences(slot, record)
+            ]
+            window = self._window(sequences)
+            lr = self._learning_rate(step)
+            torch.manual_seed(hash((self.recipe.train.seed, step, self.world.rank)))  # dropout: a function of the step
+            stats = self._step(window, lr, step, slots[step])
+            seconds = time.perf_counter() - started
+            self.state = replace(
+                self.state, step=step + 1, round=self._round(step), num_tokens=self.state.num_tokens + window.num_tokens
+            )
+            row = self._row(step, stats, window, lr, slots[step], records[step], seconds)
+            row |= self._round_row(round_stats if step == min(slots) else RoundStats(), records)
+            row |= self._evaluate(step)
+            self._log(row)
+            self._save_and_stop(step)
+
+    # -- a round -------------------------------------------------------------------------------------------------------
+
+    def _round(self, step: int) -> int:
+        """1-based round of a 0-based step."""
+        return step // self.recipe.selfgen.refresh_every + 1
+
+    def _open_round(self, step: int) -> tuple[dict[int, list[Slot]], dict[int, list[Record]], RoundStats]:
+        """Slots and records of the round that `step` belongs to, by step; generated, or read back after a resume."""
+        every = self.recipe.selfgen.refresh_every
+        first = (self._round(step) - 1) * every
+        slots = {s: self._slots(s) for s in range(first, min(first + every, self.total_steps))}
+        flat = [slot for group in slots.values() for slot in group]
+        stats = RoundStats()
+        if step > first and self.resumed_round is not None:
+            flat_records = self.world.together(lambda: read_round(self.resumed_round))
+        else:
+            flat_records, stats = self.generator.generate(flat, self._generating(step))
+            if self.world.is_main and self.recipe.method.name != "sft":
+                write_round(round_path(self.run_dir, self._round(step)), flat_records)
+                describe_records(self.run_dir, self._round(step), flat, flat_records, self.generator.chat)
+        by_step: dict[int, list[Record]] = {s: [] for s in slots}
+        for record in flat_records:
+            by_step[record.step].append(record)
+        return slots, by_step, stats
+
+    def _generating(self, step: int) -> Any:
+        number = self._round(step)
+        return lambda phase, done, total: self.progress.generating(number, done, total)
+
+    def _slots(self, step: int) -> list[Slot]:
+        bss = self.recipe.method.bss
+        rate = mix_rate_at(step, self.total_steps, bss.mix_rate, bss.schedule) if self.recipe.method.uses_bss else 0.0
+        return [Slot(step, item.example, item.visit, rate) for item in self.plan.batch(step)]
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _window(self, sequences: list[Sequence]) -> Window:
+        return build_window(
+            sequences, self.recipe.train.micro_batch, self.world.rank, self.world.size, self.world.device
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        train = self.recipe.train
+        return learning_rate_at(step, self.total_steps, train.lr, train.schedule, train.warmup)
+
+    def _step(self, window: Window, lr: float, step: int, slots: list[Slot]) -> StepStats:
+        try:
+            return train_step(self.engine, window, lr, self.world)
+        except NonFiniteError as error:
+            ids = ", ".join(slot.example.id for slot in slots[:8])
+            raise NonFiniteError(f"step {step + 1}: {error}. Examples: {ids}") from None
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        every, done = self.recipe.eval.every, step + 1
+        due = done == self.total_steps or (every is not None and done % every == 0)
+        return self.evaluate() if self.eval_sequences and due else {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean NLL of the gold responses of the evaluation examples, in nats per token."""
+        window = self._window(self.eval_sequences)
+        with inference_mode(self.engine.module):
+            loss = evaluation_loss(self.engine, window, self.world)
+        return {"eval_loss": loss, "eval_num_tokens": window.num_labels}
+
+    # -- logging, saving, stopping -------------------------------------------------------------------------------------
+
+    def _row(
+        self,
+        step: int,
+        stats: StepStats,
+        window: Window,
+        lr: float,
+        slots: list[Slot],
+        records: list[Record],
+        seconds: float,
+    ) -> dict[str, Any]:
+        response_tokens = sum(len(record.gold_ids) for record in records)
+        return {
+            "step": step + 1,
+            "round": self._round(step),
+            "epoch": self.plan.epoch(step),
+            "loss": stats.loss,
+            "lr": lr,
+            "grad_norm": stats.grad_norm,
+            "num_tokens": self.state.num_tokens,
+            "mix_rate": slots[0].mix_rate,
+            "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": window.num_tokens / seconds,
+            "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
+        } | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
+
+    def _round_row(self, stats: RoundStats, records: dict[int, list[Record]]) -> dict[str, float]:
+        """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
+        passes = [record.bss_passes for group in records.values() for record in group if record.bss_passes]
+        return {
+            "selfgen_passes": sum(passes) / len(passes) if passes else 0.0,
+            "selfgen_seconds": stats.seconds,
+            "selfgen_calls": stats.sampler.calls,
+            "selfgen_token_forwards": stats.sampler.token_forwards,
+            "selfgen_flips": stats.sampler.flips,
+            "selfgen_ties": stats.sampler.ties,
+        }
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.logbook is not None:
+            self.logbook.log(row)
+        self.progress.step(row)
+
+    def _save_and_stop(self, step: int) -> None:
+        every, done = self.recipe.checkpoint.every, step + 1
+        stopping = self.world.any(self.stop.is_set)
+        if stopping or done == self.total_steps or (every is not None and done % every == 0):
+            self.save()
+        if stopping and done < self.total_steps:
+            raise StopRequested(f"stopped on request at step {done}; the checkpoint is complete: start again to go on")
+
+    def save(self) -> None:
+        """A complete checkpoint of the current state."""
+        in_memory = round_path(self.run_dir, self.state.round)
+        save_checkpoint(
+            self.engine,
+            self.run_dir,
+            self.state,
+            in_memory if self.recipe.method.name != "sft" else None,
+            adapter_only=self.recipe.adapter.kind != "none",
+            keep=self.recipe.checkpoint.keep,
+            world=self.world,
+        )
+
+
+def _rac_counts(records: list[Record]) -> dict[str, int]:
+    return {
+        "num_corrections": sum(record.target_ids is not None for record in records),
+        "num_empty_drafts": sum(record.draft_ids == [] for record in records),
+        "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
+    }
+
+
+def _peak_memory_bytes() -> int:
+    """Peak of this rank: of the allocator on a GPU, of the process (resident) on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,121 @@
+"""The sampler's model interface over real architectures: rotary and learned positions, windows, soft-capping, MoE."""
+
+import pytest
+import torch
+from tests.support.tiny_models import tiny_model
+
+from ssgen_ds.loss import token_nll
+from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.selfgen.filters import Sampling
+from ssgen_ds.selfgen.fixed_point import TIE, Request, sample_fixed_point
+from ssgen_ds.selfgen.noise import gumbel
+from ssgen_ds.window import IGNORE
+
+GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Windows are shorter than the sequences below, so that they bite.
+MODELS = {
+    "gpt2": {},
+    "llama": {},
+    "qwen2": {},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "gpt_neox": {},
+    "gemma2": {"sliding_window": 9, "final_logit_softcapping": 5.0},
+    "mixtral": {},
+    "mixtral-window": {"sliding_window": 9},
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request):
+    return tiny_model(request.param.split("-")[0], **MODELS[request.param])
+
+
+def some_requests(coin_share: float) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, 96, (n,), generator=generator).tolist()
+
+    def coins(n: int) -> list[bool]:
+        return (torch.rand(n, generator=generator) < coin_share).tolist()
+
+    return [Request(ids(p), ids(n), coins(n), key=p * 7 + n) for p, n in [(3, 20), (17, 9), (30, 25), (1, 4), (12, 31)]]
+
+
+@torch.no_grad()
+def assert_is_the_fixed_point(model, request: Request, tokens: list[int], sampling: Sampling) -> None:
+    """Each sampled token is the argmax of its scores plus noise in ONE plain forward over the finished sequence.
+
+    Only up to the tie rule: where the two best are within TIE, rounding decides.
+    """
+    start = len(request.prompt_ids)
+    logits = model(torch.tensor([request.prompt_ids + tokens])).logits[0]
+    for t, (token, coin) in enumerate(zip(tokens, request.coins, strict=False)):
+        if not coin:
+            assert token == request.guess_ids[t]
+            continue
+        scores = sampling.scores(logits[start + t - 1][None])
+        scores = (scores + gumbel(torch.tensor([request.key]), torch.tensor([t]), scores.shape[-1]))[0]
+        assert scores.max() - scores[token] < TIE
+
+
+@pytest.mark.parametrize("block", [None, 1, 3])
+@pytest.mark.parametrize("coin_share", [0.3, 1.0])
+def test_samples_are_those_of_a_plain_forward(model, block, coin_share):
+    """A batch of ragged rows with a cache against each row alone without one."""
+    requests, sampling = some_requests(coin_share), Sampling(temperature=0.9, banned_ids=(0, 1, 2))
+    results, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, block, "cpu")
+    for request, result in zip(requests, results, strict=True):
+        assert_is_the_fixed_point(model, request, result.tokens, sampling)
+
+
+def test_batching_and_block_do_not_change_tokens(model):
+    requests, sampling = some_requests(0.5), Sampling()
+    together, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, None, "cpu")
+    for request, expected in zip(requests, together, strict=True):
+        (alone,), _ = sample_fixed_point(CachedCausalLM(model), [request], sampling, 1, "cpu")
+        assert expected.ties or alone.tokens == expected.tokens
+
+
+def test_eager_attention_gives_the_same(model):
+    requests = some_requests(0.5)
+    before, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None, "cpu")
+    was = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        after, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None, "cpu")
+    finally:
+        model.set_attn_implementation(was)
+    assert [result.tokens for result in after] == [result.tokens for result in before]
+
+
+@torch.no_grad()
+def test_loss_of_a_padded_batch_is_that_of_its_rows_alone(model):
+    """Right padding, explicit positions, projection only at the labels: same NLL as a plain forward."""
+    rows = [request.prompt_ids + request.guess_ids for request in some_requests(0.0)]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    expected = []
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labelled = range(1, len(row), 2)
+        labels[i, list(labelled)] = torch.tensor([row[t] for t in labelled])
+        log_probs = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected += [-log_probs[t - 1, row[t]] for t in labelled]
+    nll = token_nll(model, ids, labels, torch.tensor([len(row) for row in rows]))
+    torch.testing.assert_close(nll, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_left_padding_gives_the_same(model):
+    """Users who pad on the left with explicit positions get the numbers of the right-padded batch."""
+    request = some_requests(0.0)[2]
+    row = torch.tensor([request.prompt_ids + request.guess_ids])
+    pad, length = 6, row.shape[1]
+    padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), row], dim=1)
+    mask = torch.cat([torch.zeros(1, pad, dtype=torch.long), torch.ones(1, length, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        plain = model(row).logits
+        left = model(padded, attention_mask=mask, position_ids=positions).logits[:, pad:]
+    torch.testing.assert_close(left, plain, atol=2e-5, rtol=1e-4)
