@@ -7,18 +7,21 @@ import hashlib
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ssgen_ds.errors import UserError
+from ssgen_ds.errors import EXIT_USER_ERROR, UserError
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "200MB"  # small shards: a reader maps one at a time
 _SAMPLE_BYTES = 1 << 20
+_ERROR_MARK = "conversion refused: "
 
 
 def cache_root() -> Path:
@@ -41,9 +44,9 @@ def convert_gguf(file: Path) -> Path:
     folder = cache_root() / f"{file.stem}-{_fingerprint(file)}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.parent / f"{folder.name}.lock"):
             if not folder.is_dir():
-                _convert_into(file, folder)
+                _convert_in_child(file, folder)
     except OSError as error:
         raise UserError(f"model.path: cannot convert {file} into {folder}: {error}; set SSGEN_CACHE") from error
     return folder
@@ -69,13 +72,37 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file drops the lock
 
 
+def _convert_in_child(file: Path, folder: Path) -> None:
+    """Run `_convert_into` in a process of its own and pass its error on.
+
+    In a process group transformers saves on rank 0 only, and whoever got the lock may be another rank. The memory that
+    conversion takes, several times the model, is given back, too.
+    """
+    stored = _stored_type(file)
+    logger.info("%s: converting once (about half a minute per 100 MB)", file.name)
+    call = "import sys; from ssgen_ds.modeling.gguf import _child; _child(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", call, str(file), str(folder)], stderr=subprocess.PIPE, text=True)
+    if done.returncode == EXIT_USER_ERROR:
+        raise UserError(done.stderr.strip().rpartition(_ERROR_MARK)[2])
+    if done.returncode:
+        raise RuntimeError(f"converting {file} failed:\n{done.stderr}")
+    size = sum(part.stat().st_size for part in folder.glob("*.safetensors")) / 2**20
+    logger.info("%s: %s weights written as float32 (%.0f MiB) to %s", file.name, stored, size, folder)
+
+
+def _child(file: str, folder: str) -> None:
+    try:
+        _convert_into(Path(file), Path(folder))
+    except UserError as error:
+        sys.stderr.write(f"{_ERROR_MARK}{error}")
+        sys.exit(EXIT_USER_ERROR)
+
+
 def _convert_into(file: Path, folder: Path) -> None:
     """Convert into a temporary sibling, then rename: `folder` exists only when it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    stored = _stored_type(file)
-    logger.info("%s: converting once (about half a minute per 100 MB)", file.name)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -94,8 +121,6 @@ def _convert_into(file: Path, folder: Path) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(part.stat().st_size for part in folder.glob("*.safetensors")) / 2**20
-    logger.info("%s: %s weights written as float32 (%.0f MiB) to %s", file.name, stored, size, folder)
 
 
 def _stored_type(file: Path) -> str:

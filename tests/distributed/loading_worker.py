@@ -152,8 +152,9 @@ def memory(folder: Path, path: str) -> dict[str, Any]:
     """Peak resident size while loading, over what was resident before. A tiny load first brings in every import."""
     from tests.support.tiny_models import save_tiny_model
 
-    warm = folder / f"warm-{dist.get_rank()}"
-    save_tiny_model("llama", warm)
+    warm = folder / "warm"
+    save_tiny_model("llama", warm)  # in a process group only rank 0 writes
+    dist.barrier()
     load_model(ModelConfig(path=str(warm)), AdapterConfig(), ds_config(), device="cpu")
     config = ModelConfig(path=resolve_model_path(path).path)
     dist.barrier()
