@@ -117,7 +117,7 @@ def test_no_tensorboard_folder_unless_asked_for(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_missing_wandb_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_wandb: None) -> None:
+def test_missing_wandb_is_a_user_error(tmp_path: Path, without_wandb: None) -> None:
     config = LogConfig(tensorboard=False, wandb=True)
     with pytest.raises(UserError, match="pip install wandb"):
         Logbook(tmp_path / "run", config, None, "test")
@@ -129,7 +129,7 @@ def test_a_folder_called_wandb_is_not_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_wandb: None
 ) -> None:
     (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert importlib.util.find_spec("wandb") is not None
     assert len(missing_packages(LogConfig(wandb=True))) == 1
 

@@ -71,6 +71,7 @@ def test_options_that_normalise_to_nothing_are_told_apart() -> None:
         ("The answer is 9.", "9 apples"),
         ("7 + 2 = 9, so there are 9 apples in the basket", "9 apples"),
         ("He sold 48/2 = <<48/2=24>>24 in May, 72 in all.\n#### 72", "72"),
+        ("Half of that is $\\boxed{5}$.\n#### 72", "72"),  # what follows #### counts, boxes or not
         ("$1,234.50", "1234.5"),
         ("\\boxed{\\frac{18}{2}}", "9"),
         ("0.5", "$\\frac{1}{2}$"),
