@@ -76,11 +76,9 @@ class RecordMaker:
         # What a source says beats what `data` says, also where the two are different ways to name the prompt.
         self.columns: dict[str, str] = {**data.columns, **own}
         self.template = source.prompt
-        if "messages" in own:
-            self.columns = {name: column for name, column in self.columns.items() if name in ("messages", "id")}
-        elif source.prompt is not None or "prompt" in own:
+        if source.prompt is not None or "prompt" in own:
             self.columns.pop("messages", None)
-        elif source.prompt is None:
+        else:
             self.template = data.prompt
         if self.template is not None:
             self.columns.pop("prompt", None)
