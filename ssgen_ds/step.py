@@ -34,6 +34,18 @@ def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStat
     """One update of the weights from one window, the same on every rank."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    loss = accumulate_gradients(engine, window, world)
+    grad_norm = _local_grad_norm(engine)
+    if world.any(not math.isfinite(loss) or not math.isfinite(grad_norm)):
+        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: the weights were left as they were")
+    engine.step()
+    if not engine.was_step_applied():
+        raise NonFiniteError("the gradient is not finite; DeepSpeed skipped the update, the weights are as they were")
+    return StepStats(loss, grad_norm if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()))
+
+
+def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
+    """Forward and backward of all micro batches; the window's loss over all ranks, in nats per unit of weight."""
     weighted_sum = torch.zeros((), dtype=torch.float64)
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
@@ -42,14 +54,7 @@ def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStat
         micro_sum = (nll_N * batch.weights_N).sum()
         engine.backward(micro_sum * (world.size / window.global_weight), scale_wrt_gas=False)
         weighted_sum += micro_sum.detach().double().cpu()
-    loss = world.sum(weighted_sum.item())[0] / window.global_weight
-    grad_norm = _local_grad_norm(engine)
-    if world.any(not math.isfinite(loss) or not math.isfinite(grad_norm)):
-        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: the weights were left as they were")
-    engine.step()
-    if not engine.was_step_applied():
-        raise NonFiniteError("the gradient is not finite; DeepSpeed skipped the update, the weights are as they were")
-    return StepStats(loss, grad_norm if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()))
+    return world.sum(weighted_sum.item())[0] / window.global_weight
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """Many cases in one spawn of ranks: `python -m torch.distributed.run ... -m tests.support.cases MODULE OUT`.
 
 MODULE defines `CASES: dict[name, function(world, folder)]`. Every rank runs all of them in order and rank 0 writes
-{name: {"error": str | None, "result": Any, "seconds": float}} to OUT after each, so that a hang names its case.
-A case that fails on one rank only is agreed on before the next one starts.
+{name: {"result": Any, "seconds": float}} to OUT after each. The first failure ends the spawn and is left in OUT.error.
+SSGEN_CASES=TEXT runs only the cases whose name contains it.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -23,17 +24,16 @@ def main(module: str, out: str) -> None:
     results = {}
     with process_group(timeout_seconds=300) as world:
         for name, case in importlib.import_module(module).CASES.items():
-            start, result, error = time.perf_counter(), None, None
+            if os.environ.get("SSGEN_CASES", "") not in name:
+                continue
+            start = time.perf_counter()
             try:
                 result = case(world, Path(out).parent)
             except BaseException:
-                error = f"rank {world.rank}:\n{traceback.format_exc()}"
-            errors = [item for item in world.gather(error) if item]
-            results[name] = {
-                "error": "\n".join(errors) or None,
-                "result": result,
-                "seconds": time.perf_counter() - start,
-            }
+                Path(f"{out}.error").write_text(f"{name}, rank {world.rank}:\n{traceback.format_exc()}", "utf-8")
+                raise
+            world.barrier()
+            results[name] = {"result": result, "seconds": time.perf_counter() - start}
             if world.is_main:
                 Path(out).write_text(json.dumps(results), encoding="utf-8")
 

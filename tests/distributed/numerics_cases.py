@@ -1,0 +1,350 @@
+"""What must hold to the bit or to rounding, on two ranks: the cases of `test_numerics.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from tests.support.tiny_runs import tiny_recipe
+
+from ssgen_ds.build import build_trainer, lay_foundations
+from ssgen_ds.config import Recipe
+from ssgen_ds.distributed import World
+from ssgen_ds.errors import StopRequested, UserError
+from ssgen_ds.modeling.export import save_model
+from ssgen_ds.modeling.gather import full_state_dict
+from ssgen_ds.selfgen.filters import Sampling
+from ssgen_ds.selfgen.rac import free_request
+from ssgen_ds.selfgen.rounds import Record
+from ssgen_ds.selfgen.store import read_round
+from ssgen_ds.signals import StopFlag
+from ssgen_ds.step import NonFiniteError, accumulate_gradients, train_step
+from ssgen_ds.train import fit_and_export
+from ssgen_ds.trainer import Trainer
+from ssgen_ds.window import Sequence, build_window
+
+Case = Callable[[World, Path], Any]
+
+
+def trainer_for(recipe: Recipe, world: World) -> Trainer:
+    foundations = lay_foundations(recipe, world)
+    assert foundations is not None
+    return build_trainer(foundations, world, StopFlag())
+
+
+def fresh(folder: Path, name: str, world: World, **overrides: Any) -> Recipe:
+    """A recipe with an output folder of its own, empty."""
+    output = folder / f"ranks{world.size}" / name
+    if world.is_main:
+        shutil.rmtree(output, ignore_errors=True)
+    world.barrier()
+    return tiny_recipe(folder, output, adapter__rank=4, **overrides)
+
+
+def weights_hash(run_dir: Path) -> str:
+    """Of the exported tensors, bit for bit."""
+    from safetensors.torch import load_file
+
+    digest = hashlib.sha256()
+    for file in sorted((run_dir / "model").glob("*.safetensors")):
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokens_of(run_dir: Path) -> list[list[Record]]:
+    return [read_round(path) for path in sorted((run_dir / "selfgen").glob("*.parquet"))]
+
+
+TIMES = ("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes")
+ROUND_COSTS = ("selfgen_calls", "selfgen_token_forwards", "selfgen_flips", "selfgen_ties")
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows without what a clock or a resume in mid-round changes."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES + ROUND_COSTS} for row in rows]
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def gradient_case(stage: int, micro_batch: int) -> Case:
+    """Full gradients of one window, saved for comparison across micro batches, ranks and stages."""
+
+    def case(world: World, folder: Path) -> str:
+        recipe = fresh(folder, f"grad-{stage}-{micro_batch}", world, deepspeed=f"ds_configs/zero{stage}.json")
+        trainer = trainer_for(recipe, world)
+        sequences = [
+            Sequence([5, 6, 7, 8 + i, *range(20, 20 + 3 * i), 9], [-100, -100, 7, *range(30, 31 + 3 * i), 9])
+            for i in range(3)
+        ] + [Sequence([40, 41, 42], [-100, -100, 42], weight=0.5)]
+        window = build_window(sequences, micro_batch, world.rank, world.size, world.device)
+        accumulate_gradients(trainer.engine, window, world)
+        gradients = {n: safe_get_full_grad(p) for n, p in trainer.engine.module.named_parameters()}
+        path = folder / f"grad-{world.size}-{stage}-{micro_batch}.pt"
+        if world.is_main:
+            torch.save(gradients, path)
+        return str(path)
+
+    return case
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+def resume_case(adapter: str, stage: int, method: str) -> Case:
+    """Stopped after every single step and continued each time, against uninterrupted."""
+
+    def case(world: World, folder: Path) -> dict[str, Any]:
+        settings = {
+            "method__name": method,
+            "adapter__kind": adapter,
+            "adapter__dropout": 0.1,
+            "deepspeed": f"ds_configs/zero{stage}.json",
+            "train__max_steps": 5,
+            "train__schedule": "cosine",
+            "selfgen__refresh_every": 3,
+            "method__rac__cut": "uniform",
+            "data__eval_fraction": 0.2,
+            "eval__every": 2,
+        }
+        whole = fresh(folder, f"whole-{adapter}-{stage}-{method}", world, **settings)
+        fit_and_export(whole, world, StopFlag())
+        cut = fresh(folder, f"cut-{adapter}-{stage}-{method}", world, **settings)
+        stops = 0
+        for _ in range(10):
+            stop = StopFlag()
+            stop.is_set = True
+            try:
+                fit_and_export(cut, world, stop)
+                break
+            except StopRequested:
+                stops += 1
+        one, two = Path(whole.output_dir), Path(cut.output_dir)
+        return {
+            "stops": stops,
+            "same_weights": weights_hash(one) == weights_hash(two),
+            "same_tokens": tokens_of(one) == tokens_of(two),
+            "same_metrics": metrics_of(one) == metrics_of(two),
+            "checkpoints": sorted(path.name for path in (two / "checkpoints").iterdir()),
+        }
+
+    return case
+
+
+# -- identities --------------------------------------------------------------------------------------------------------
+
+
+def same_as_sft_case(**overrides: Any) -> Case:
+    """Methods that are switched off leave plain SFT, bit for bit."""
+
+    def case(world: World, folder: Path) -> bool:
+        hashes = []
+        for name, settings in (("sft", {"method__name": "sft"}), ("off", overrides)):
+            recipe = fresh(folder, f"identity-{name}", world, deepspeed="ds_configs/zero2.json", **settings)
+            fit_and_export(recipe, world, StopFlag())
+            hashes.append(weights_hash(Path(recipe.output_dir)))
+        return hashes[0] == hashes[1]
+
+    return case
+
+
+def generation_leaves_no_trace_case(stage: int, adapter: str) -> Case:
+    """The next training step is bitwise the same with and without a generation before it."""
+
+    def case(world: World, folder: Path) -> dict[str, Any]:
+        losses, weights = [], []
+        for generates in (False, True):
+            recipe = fresh(
+                folder,
+                f"trace-{stage}-{adapter}",
+                world,
+                adapter__kind=adapter,
+                adapter__dropout=0.2 if adapter == "lora" else 0.0,
+                deepspeed=f"ds_configs/zero{stage}.json",
+                model__gradient_checkpointing=True,
+            )
+            trainer = trainer_for(recipe, world)
+            sequences = [Sequence(list(range(3, 20)), list(range(3, 20))[:0] + [-100] * 9 + list(range(12, 20)))] * 4
+            window = build_window(sequences, 2, world.rank, world.size, world.device)
+            for number in range(3):
+                if generates:
+                    requests = [free_request([5, 6, 7], 6 + i, 11 * i, frozenset({2})) for i in range(3)]
+                    trainer.generator.sampler.sample(requests, Sampling(), 1)
+                torch.manual_seed(number)
+                losses.append(train_step(trainer.engine, window, 1e-2, world).loss)
+            state = full_state_dict(trainer.engine.module)
+            weights.append({name: tensor.clone() for name, tensor in (state or {}).items()})
+        same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        return {"without": losses[:3], "with": losses[3:], "same_weights": same}
+
+    return case
+
+
+# -- generation on uneven ranks ----------------------------------------------------------------------------------------
+
+
+def uneven_case(stage: int, number: int) -> Case:
+    """Requests that end at different steps, or fewer requests than ranks: no hang, and the same tokens everywhere."""
+
+    def case(world: World, folder: Path) -> list[list[int]]:
+        recipe = fresh(
+            folder,
+            f"uneven-{stage}-{number}",
+            world,
+            deepspeed=f"ds_configs/zero{stage}.json",
+            selfgen__batch=2,
+        )
+        trainer = trainer_for(recipe, world)
+        requests = [free_request([4 + i, 6, 7], 3 + 5 * i, 11 * i, frozenset(range(3, 20))) for i in range(number)]
+        results, _, _ = trainer.generator.sampler.sample(requests, Sampling(), 1)
+        mine = [result.tokens for result in results]
+        assert world.gather(mine) == [mine] * world.size
+        return mine
+
+    return case
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def non_finite_case(stage: int, where: str) -> Case:
+    """NaN on one rank only, in the loss or in the gradient alone: all ranks refuse, the weights stay."""
+
+    def case(world: World, folder: Path) -> dict[str, Any]:
+        recipe = fresh(folder, f"nan-{stage}-{where}", world, deepspeed=f"ds_configs/zero{stage}.json")
+        trainer = trainer_for(recipe, world)
+        before = full_state_dict(trainer.engine.module)
+        sequences = [Sequence([5, 6, 7, 8], [-100, 6, 7, 8])] * 4
+        window = build_window(sequences, 2, world.rank, world.size, world.device)
+        head = trainer.engine.module.get_output_embeddings()
+
+        def poison(module: Any, args: Any, output: torch.Tensor) -> Any:
+            if world.rank != world.size - 1:
+                return None
+            if where == "loss":
+                return output * float("nan")
+            output.register_hook(lambda gradient: gradient * float("nan"))
+            return output
+
+        handle = head.register_forward_hook(poison)
+        refused = False
+        try:
+            train_step(trainer.engine, window, 1e-2, world)
+        except NonFiniteError:
+            refused = True
+        handle.remove()
+        after = full_state_dict(trainer.engine.module)
+        same = all(torch.equal(before[name], after[name]) for name in before) if before else True
+        return {"refused": refused, "all": all(world.gather(refused)), "same_weights": same}
+
+    return case
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def export_case(adapter: str, stage: int) -> Case:
+    """`model/` loads with transformers or peft as it is and gives the engine's logits."""
+
+    def case(world: World, folder: Path) -> float | None:
+        recipe = fresh(
+            folder, f"export-{adapter}-{stage}", world, adapter__kind=adapter, deepspeed=f"ds_configs/zero{stage}.json"
+        )
+        trainer = trainer_for(recipe, world)
+        with trainer.progress:
+            trainer.fit()
+        module = trainer.engine.module.eval()
+        ids = torch.tensor([[5, 9, 30, 40, 41, 42]])
+        with torch.no_grad():
+            expected = module(input_ids=ids).logits
+        out = Path(recipe.output_dir) / "model"
+        tokenizer = trainer.generator.chat.tokenizer
+        save_model(module, tokenizer, out, recipe.model.path, is_main=world.is_main)
+        world.barrier()
+        if not world.is_main:
+            return None
+        from peft import AutoPeftModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        loader = AutoPeftModelForCausalLM if adapter == "lora" else AutoModelForCausalLM
+        with torch.no_grad():
+            loaded = loader.from_pretrained(out, dtype=torch.float32).eval()(input_ids=ids).logits
+        return (loaded - expected).abs().max().item()
+
+    return case
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused_case(**overrides: Any) -> Case:
+    """The message of the UserError that every rank raises."""
+
+    def case(world: World, folder: Path) -> str:
+        message = ""
+        try:
+            recipe = fresh(folder, "refused", world, **overrides)
+            fit_and_export(recipe, world, StopFlag())
+        except UserError as error:
+            message = str(error)
+        messages = world.gather(message)
+        assert len(set(messages)) == 1, messages
+        assert not (folder / f"ranks{world.size}" / "refused" / "metrics.jsonl").exists()
+        return message
+
+    return case
+
+
+def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
+    """Starting another recipe, or something else, in the folder of a finished run: refused, nothing overwritten."""
+    recipe = fresh(folder, "owner", world)
+    fit_and_export(recipe, world, StopFlag())
+    run_dir = Path(recipe.output_dir)
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    messages = {}
+    for name, overrides in (("changed", {"train__lr": 0.5, "method__name": "bss"}), ("never", {"resume": "never"})):
+        try:
+            fit_and_export(tiny_recipe(folder, run_dir, adapter__rank=4, **overrides), world, StopFlag())
+        except UserError as error:
+            messages[name] = str(error)
+    fit_and_export(recipe, world, StopFlag())  # finished: says so, touches nothing
+    world.barrier()
+    assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    return messages
+
+
+STAGES = (0, 1, 2, 3)
+CASES: dict[str, Case] = {
+    **{f"gradient-{stage}-{micro}": gradient_case(stage, micro) for stage in STAGES for micro in (1, 2, 4)},
+    **{
+        f"resume-{adapter}-{stage}": resume_case(adapter, stage, "bss+rac")
+        for adapter in ("none", "lora")
+        for stage in (2, 3)
+    },
+    "resume-none-0": resume_case("none", 0, "sft"),
+    "resume-none-1": resume_case("none", 1, "bss"),
+    "sft-bss": same_as_sft_case(method__name="bss", method__bss__mix_rate=0.0),
+    "sft-rac": same_as_sft_case(method__name="rac", method__rac__correction_weight=0.0),
+    **{
+        f"trace-{stage}-{adapter}": generation_leaves_no_trace_case(stage, adapter)
+        for stage in (2, 3)
+        for adapter in ("none", "lora")
+    },
+    **{f"uneven-{stage}-{number}": uneven_case(stage, number) for stage in (0, 3) for number in (1, 5)},
+    **{f"nan-{stage}-{where}": non_finite_case(stage, where) for stage in STAGES for where in ("loss", "gradient")},
+    **{f"export-{adapter}-{stage}": export_case(adapter, stage) for adapter in ("none", "lora") for stage in (2, 3)},
+    "refused-file": refused_case(data__train="missing.jsonl"),
+    "refused-column": refused_case(data__columns={"completion": "answr"}),
+    "refused-model": refused_case(model__path="./no-such-model"),
+    "refused-context": refused_case(data__max_prompt_tokens=4000),
+    "refused-ds": refused_case(deepspeed="ds_configs/zero9.json"),
+    "other-recipe": other_recipe_case,
+}
