@@ -29,7 +29,7 @@ from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.noise import gumbel
 
 TIE = 1e-3  # below this gap between the two best scores, float32 rounding may decide: counted, METHOD "Exact"
-_ROWS_AT_ONCE = 256  # noise and scores are [rows, V] float32: bounds their memory
+_ROWS_AT_ONCE = 32  # noise and scores are [rows, V] float32: bounds their memory, and keeps them near the core
 
 
 class CachedModel(Protocol):
