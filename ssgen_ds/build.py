@@ -149,7 +149,7 @@ def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Tra
         total_steps=foundations.total_steps,
         logbook=logbook,
         progress=Progress(
-            foundations.total_steps, world.is_main, state.step, steps_per_round=recipe.selfgen.refresh_every
+            foundations.total_steps, world.is_main, state.step + 1, steps_per_round=recipe.selfgen.refresh_every
         ),
         stop=stop,
         resumed_round=None if path is None or recipe.method.name == "sft" else path / "round.parquet",

@@ -6,11 +6,12 @@ backend; flags and Python objects on a gloo group, so that they never wait for t
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -90,11 +91,6 @@ class World:
         return first if self.is_main else rest  # type: ignore[return-value]
 
 
-def rank_from_environment() -> int:
-    """This process's rank before any group exists: for messages that only one rank should print."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def map_slurm() -> None:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from an `srun` step's environment.
 
@@ -133,12 +129,13 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(env.get("LOCAL_WORLD_SIZE", size))))
     import deepspeed  # late: it reads DS_ACCELERATOR when imported
 
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
+    with redirect_stdout(io.StringIO()):  # on a CPU it prints which operator it has built
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            verbose=False,
+            auto_mpi_discovery=False,
+        )
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
         yield World(rank, local_rank, size, device, control)

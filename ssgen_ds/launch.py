@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from ssgen_ds.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
@@ -49,14 +50,27 @@ def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def _leave(code: int, message: str) -> None:
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:  # the others say the same
+    if is_first_rank():  # the others say the same
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def quiet_libraries() -> None:
-    """Warnings and above from the libraries; our own messages at info level."""
+    """What is left to read on a normal run is ours: info from rank 0, and warnings and above from everybody.
+
+    Call it before the libraries are imported. Their bars come back with HF_HUB_DISABLE_PROGRESS_BARS=0.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("ssgen_ds").setLevel(logging.INFO)
+    logging.getLogger("ssgen_ds").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+    # Says on every import that an optional package for 4-bit inference on CPUs is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # The libraries call each other by names that are about to change; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)\.")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also those of transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all, known before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

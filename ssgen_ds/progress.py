@@ -69,9 +69,9 @@ class Progress:
             self._live.stop()  # also shows the cursor again and gives stdout back
             self._live = None
 
-    def generating(self, round: int, done: int, total: int) -> None:
-        """`done` of `total` sequences of this round exist."""
-        self._phase = f"generating {done}/{total}"
+    def generating(self, round: int, done: int, total: int, phase: str = "generating") -> None:
+        """`done` of `total` sequences of this phase of the round exist: mixing, drafting, rewriting."""
+        self._phase = f"{phase} {done}/{total}"
         self._row = {**self._row, "round": round}
         if self._plain and (done == total or self._is_due(SECONDS_BETWEEN_GENERATION_LINES)):
             self._line(f"round {round}  {self._phase}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -104,7 +103,7 @@ class Trainer:
 
     def _generating(self, step: int) -> Any:
         number = self._round(step)
-        return lambda phase, done, total: self.progress.generating(number, done, total)
+        return lambda phase, done, total: self.progress.generating(number, done, total, phase)
 
     def _slots(self, step: int) -> list[Slot]:
         bss = self.recipe.method.bss
