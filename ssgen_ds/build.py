@@ -18,11 +18,12 @@ from ssgen_ds.errors import UserError
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.modeling import families
 from ssgen_ds.modeling.adapters import apply_adapter, param_groups
+from ssgen_ds.modeling.cached import check_cache
 from ssgen_ds.modeling.gguf import cache_root
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.bss import context_sequence
-from ssgen_ds.selfgen.engine_sampler import EngineSampler
+from ssgen_ds.selfgen.engine_sampler import EngineSampler, inference_mode
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.signals import StopFlag
 from ssgen_ds.trainer import Trainer
@@ -121,6 +122,9 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if recipe.method.name != "sft":
+        with inference_mode(engine.module):
+            world.together(lambda: check_cache(engine.module))
     return engine
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.project import project_only
 
 
@@ -120,3 +121,37 @@ class CachedCausalLM:
             dtype = self.model.dtype
             return torch.zeros_like(seen_B1QK, dtype=dtype).masked_fill(~seen_B1QK, torch.finfo(dtype).min)
         return seen_B1QK
+
+
+@torch.no_grad()
+def check_cache(model: torch.nn.Module) -> None:
+    """Refuse a model that does not give the same logits through the cache as in one plain forward.
+
+    Some architectures build their own mask or positions and ignore ours; remote code may do anything. Two short ragged
+    rows, fed in pieces of different lengths, show it. Under ZeRO-3 every rank must call this.
+
+    Raises:
+        UserError: naming the model type.
+    """
+    config = model.config.get_text_config()
+    tokens_BL = (torch.arange(24, device=model.device).view(2, 12) * 7919 + 11) % config.vocab_size
+    positions_BL = torch.arange(12, device=model.device).expand(2, 12).clone()
+    expected = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in tokens_BL])
+    cached = CachedCausalLM(model)
+    cached.open([12, 12])
+    pieces = []
+    for begins, ends in (((0, 0), (4, 7)), ((4, 7), (12, 9)), ((9, 9), (12, 12))):  # row 0 goes back from 12 to 9
+        width = max(end - begin for begin, end in zip(begins, ends, strict=True))
+        tokens, positions = tokens_BL.new_zeros(2, width), positions_BL.new_full((2, width), -1)
+        for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            tokens[row, : end - begin] = tokens_BL[row, begin:end]
+            positions[row, : end - begin] = positions_BL[row, begin:end]
+        logits = cached(tokens, positions, positions >= 0).float()
+        wanted = torch.cat([expected[row, begins[row] : ends[row]] for row in range(2)]).float()
+        pieces.append(((logits - wanted).norm() / wanted.norm()).item())
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not max(pieces) < tolerance:
+        raise UserError(
+            f"model.path: models of type {config.model_type} compute something else from a cache than from the whole "
+            f"text (off by {max(pieces):.1e}), so self-generation would be wrong; method.name=sft works with it"
+        )

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from tests.support.tiny_runs import tiny_recipe
 
 from ssgen_ds.distributed import World
 from ssgen_ds.signals import StopFlag
 from ssgen_ds.train import fit_and_export
+from tests.support.tiny_runs import tiny_recipe
 
 METHODS = ("sft", "bss", "rac", "bss+rac")
 ADAPTERS = ("none", "lora")

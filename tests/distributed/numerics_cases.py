@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
-from tests.support.tiny_runs import tiny_recipe
 
 from ssgen_ds.build import build_trainer, lay_foundations
 from ssgen_ds.config import Recipe
@@ -28,6 +27,7 @@ from ssgen_ds.step import NonFiniteError, accumulate_gradients, train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.trainer import Trainer
 from ssgen_ds.window import Sequence, build_window
+from tests.support.tiny_runs import tiny_recipe
 
 Case = Callable[[World, Path], Any]
 
@@ -203,7 +203,9 @@ def uneven_case(stage: int, number: int) -> Case:
             selfgen__batch=2,
         )
         trainer = trainer_for(recipe, world)
-        requests = [free_request([4 + i, 6, 7], 3 + 5 * i, 11 * i, frozenset(range(3, 20))) for i in range(number)]
+        requests = [
+            free_request([4 + i, 60, 70 - i], 3 + 5 * i, 12345 + 11 * i, frozenset(range(3, 9))) for i in range(number)
+        ]
         results, _, _ = trainer.generator.sampler.sample(requests, Sampling(), 1)
         mine = [result.tokens for result in results]
         assert world.gather(mine) == [mine] * world.size
@@ -303,6 +305,13 @@ def refused_case(**overrides: Any) -> Case:
     return case
 
 
+def empty_data_case(world: World, folder: Path) -> str:
+    if world.is_main:
+        (folder / "empty.jsonl").write_text("")
+    world.barrier()
+    return refused_case(data__train=str(folder / "empty.jsonl"))(world, folder)
+
+
 def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
     """Starting another recipe, or something else, in the folder of a finished run: refused, nothing overwritten."""
     recipe = fresh(folder, "owner", world)
@@ -319,6 +328,15 @@ def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
     world.barrier()
     assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     return messages
+
+
+def offload_case(world: World, folder: Path) -> dict[str, list[float]]:
+    losses = {}
+    for name, file in (("resident", "zero3"), ("offloaded", "zero3_offload")):
+        recipe = fresh(folder, name, world, deepspeed=f"ds_configs/{file}.json", method__name="bss")
+        fit_and_export(recipe, world, StopFlag())
+        losses[name] = [row["loss"] for row in metrics_of(Path(recipe.output_dir))]
+    return losses
 
 
 STAGES = (0, 1, 2, 3)
@@ -343,8 +361,11 @@ CASES: dict[str, Case] = {
     **{f"export-{adapter}-{stage}": export_case(adapter, stage) for adapter in ("none", "lora") for stage in (2, 3)},
     "refused-file": refused_case(data__train="missing.jsonl"),
     "refused-column": refused_case(data__columns={"completion": "answr"}),
+    "refused-empty": empty_data_case,
+    "refused-masked": refused_case(data__columns={"completion": "blank"}),
     "refused-model": refused_case(model__path="./no-such-model"),
     "refused-context": refused_case(data__max_prompt_tokens=4000),
     "refused-ds": refused_case(deepspeed="ds_configs/zero9.json"),
     "other-recipe": other_recipe_case,
+    "offload": offload_case,
 }

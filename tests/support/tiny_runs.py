@@ -7,11 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ssgen_ds.config import Recipe, parse_recipe
 from tests.support.tiny_models import save_tiny_model
 
-from ssgen_ds.config import Recipe, parse_recipe
-
-WORDS = "red blue green one two three cat dog sun moon tree fish".split()
+WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "sun", "moon", "tree", "fish"]
 
 
 def make_inputs(folder: Path, families: tuple[str, ...] = ("llama",)) -> None:
@@ -22,7 +21,7 @@ def make_inputs(folder: Path, families: tuple[str, ...] = ("llama",)) -> None:
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for i in range(26):
             words = rng.choices(WORDS, k=rng.randint(1, 5))
-            row = {"id": f"row-{i}", "prompt": " ".join(words), "completion": " ".join(reversed(words))}
+            row = {"id": f"row-{i}", "prompt": " ".join(words), "completion": " ".join(reversed(words)), "blank": " "}
             file.write(json.dumps(row) + "\n")
 
 

@@ -94,7 +94,7 @@ def test_overrides(tmp_path):
     for bad in ("train.lr", "=3"):
         with pytest.raises(UserError, match="expected key=value"):
             load_recipe(file, [bad])
-    with pytest.raises(UserError, match="did you mean train.lr"):
+    with pytest.raises(UserError, match=r"did you mean train\.lr"):
         load_recipe(file, ["train.lrr=1"])
 
 
@@ -102,7 +102,7 @@ def test_overrides(tmp_path):
 def test_file_that_is_no_recipe(tmp_path, text):
     file = tmp_path / "r.yaml"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match="r.yaml"):
+    with pytest.raises(UserError, match=r"r\.yaml"):
         load_recipe(file)
     with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "missing.yaml")

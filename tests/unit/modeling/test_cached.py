@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from tests.support.tiny_models import tiny_model
+from scipy import stats
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
+from ssgen_ds.errors import UserError
 from ssgen_ds.loss import token_nll
-from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
 from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.fixed_point import TIE, Request, sample_fixed_point
-from ssgen_ds.selfgen.noise import gumbel
+from ssgen_ds.selfgen.noise import Stream, gumbel, sequence_key
 from ssgen_ds.window import IGNORE
+from tests.support.tiny_models import tiny_model
 
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Windows are shorter than the sequences below, so that they bite.
@@ -105,6 +108,36 @@ def test_loss_of_a_padded_batch_is_that_of_its_rows_alone(model):
         expected += [-log_probs[t - 1, row[t]] for t in labelled]
     nll = token_nll(model, ids, labels, torch.tensor([len(row) for row in rows]))
     torch.testing.assert_close(nll, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_cache_check_passes(model):
+    check_cache(model)
+
+
+def test_cache_check_refuses_a_family_with_a_mask_of_its_own():
+    """GPT-Neo slices its causal mask by length and ignores where rows really are."""
+    config = GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], vocab_size=96,
+        max_position_embeddings=64, window_size=8, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="gpt_neo"):
+        check_cache(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_samples_of_a_transformer_follow_its_softmax():
+    """Chi-square of the second sampled token given the first, through the cache, over many keys."""
+    model = tiny_model("llama", initializer_range=0.1)
+    requests = [Request([5, 9, 40], [0, 0], [True, True], sequence_key(3, Stream.BSS, str(i), 0)) for i in range(4000)]
+    results, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(top_k=6), None, "cpu")
+    first = torch.tensor([result.tokens[0] for result in results]).mode().values.item()
+    second = torch.tensor([result.tokens[1] for result in results if result.tokens[0] == first])
+    with torch.no_grad():
+        scores = Sampling(top_k=6).scores(model(torch.tensor([[5, 9, 40, first]])).logits[0, -1:])[0]
+    expected = scores.double().softmax(-1) * len(second)
+    observed = torch.bincount(second, minlength=96)
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    assert stats.chisquare(observed[possible].numpy(), expected[possible].numpy()).pvalue > 1e-3
 
 
 def test_left_padding_gives_the_same(model):

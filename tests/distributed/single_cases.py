@@ -1,0 +1,8 @@
+"""The one-process references of `test_numerics.py`."""
+
+from tests.distributed.numerics_cases import gradient_case, uneven_case
+
+CASES = {
+    **{f"gradient-0-{micro}": gradient_case(0, micro) for micro in (1, 2, 4)},
+    **{f"uneven-0-{number}": uneven_case(0, number) for number in (1, 5)},
+}
