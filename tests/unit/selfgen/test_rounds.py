@@ -1,0 +1,176 @@
+"""Rounds without a model: what is asked of the sampler, and what becomes of its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from ssgen_ds.config import parse_recipe
+from ssgen_ds.data.records import Record as DataRecord
+from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.selfgen import rac
+from ssgen_ds.selfgen.bss import context_sequence, draw_coins
+from ssgen_ds.selfgen.fixed_point import Request, Sampled, SamplerStats
+from ssgen_ds.selfgen.noise import Stream, sequence_key
+from ssgen_ds.selfgen.rounds import Record, RoundGenerator, Slot
+from ssgen_ds.selfgen.samples import mixed_runs
+from ssgen_ds.selfgen.store import read_round, write_round
+from ssgen_ds.window import IGNORE
+from tests.support.tiny_models import tiny_tokenizer
+
+
+@dataclass
+class ScriptedSampler:
+    """Answers each call with the next texts of its script, and remembers what it was asked."""
+
+    chat: ChatFormat
+    script: list[list[str]]
+    asked: list[list[Request]] = field(default_factory=list)
+    settings: list[tuple] = field(default_factory=list)
+
+    def sample(self, requests, sampling, block, progress=None):
+        self.asked.append(requests)
+        self.settings.append((sampling, block))
+        answers = []
+        for text in self.script[len(self.asked) - 1]:
+            stopped = not text.endswith("…")  # "…" marks an answer that ran out of tokens
+            ids = ids_of(self.chat, text.removesuffix("…"))
+            answers.append(Sampled([*ids, self.chat.turn_end_id] if stopped else ids, passes=1, stopped=stopped))
+        return answers, SamplerStats(calls=1), 0.5
+
+
+def ids_of(chat: ChatFormat, text: str) -> list[int]:
+    return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def text_of(chat: ChatFormat, ids: list[int]) -> str:
+    return chat.decode(ids).replace("<unk>", "\n")  # the tiny vocabulary has no line break
+
+
+def make(script: list[list[str]], **rac_settings) -> tuple[RoundGenerator, list[Slot], ScriptedSampler]:
+    recipe = parse_recipe(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "d"},
+            "method": {"name": "rac", "rac": {"correction_cue": "Fix", "metric": "f1", **rac_settings}},
+            "train": {"max_steps": 1},
+            "output_dir": "r",
+        }
+    )
+    chat = ChatFormat(tiny_tokenizer(), recipe.data)
+    rows = [("a b", "red cat"), ("c d", "blue dog")]
+    slots = []
+    for i, (prompt, completion) in enumerate(rows):
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        slots.append(Slot(0, chat.encode(DataRecord(f"id-{i}", messages, "here", "hash")), visit=3, mix_rate=0.0))
+    sampler = ScriptedSampler(chat, script)
+    return RoundGenerator(recipe, chat, 96, sampler), slots, sampler
+
+
+def test_correction_example():
+    """x, the draft verbatim, the cue, the gold answer; loss on the gold answer only, at its weight."""
+    generator, slots, sampler = make([["green cow", ""]], correction_weight=0.5)
+    records, stats = generator.generate(slots)
+    chat = generator.chat
+    assert stats.seconds == 0.5
+    plain, correction = generator.sequences(slots[0], records[0])
+    assert text_of(chat, correction.input_ids) == "a b\n\ngreen cow\n\nFix\n\nred cat</s>"
+    target = [*ids_of(chat, "red cat"), chat.turn_end_id]
+    assert [label for label in correction.labels if label != IGNORE] == target
+    assert correction.labels[-len(target) :] == target
+    assert (plain.weight, correction.weight) == (1.0, 0.5)
+    assert [label for label in plain.labels if label != IGNORE] == target
+    # the second draft is empty: no correction, and its example is trained all the same
+    assert records[1].draft_ids == []
+    assert len(generator.sequences(slots[1], records[1])) == 1
+    # drafts stop at stop ids, which are not banned; other special ids are
+    sampling, block = sampler.settings[0]
+    assert block == 1
+    assert chat.turn_end_id not in sampling.banned_ids
+    assert {0, 1} <= set(sampling.banned_ids)
+
+
+def test_weight_zero_drafts_nothing():
+    generator, slots, sampler = make([], correction_weight=0.0)
+    records, _ = generator.generate(slots)
+    assert sampler.asked == []
+    assert [record.target_ids for record in records] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("draft", "rewrite", "kind"),
+    [
+        ("red cow", "red cat", "rewrite"),  # fully correct
+        ("green cow", "red cow", "rewrite"),  # strictly closer
+        ("red cow", "red dog", "reference"),  # as far away
+        ("red cat", "green cow", "reference"),  # further
+        ("green cow", "red cat…", "reference"),  # never ended
+        ("red cat", "red cat", "rewrite"),  # correct already, and still
+    ],
+)
+def test_rewrite_is_used_only_when_closer(draft, rewrite, kind):
+    generator, slots, sampler = make([[draft, "x"], [rewrite, "y"]], target="rewrite")
+    record = generator.generate(slots)[0][0]
+    assert record.target_kind == kind
+    expected = rewrite if kind == "rewrite" else "red cat"
+    assert record.target_ids == [*ids_of(generator.chat, expected), generator.chat.turn_end_id]
+    prompt = text_of(generator.chat, sampler.asked[1][0].prompt_ids)
+    assert f"{draft}\n\nThe reference answer is:\n\nred cat" in prompt
+
+
+def test_cut_keeps_a_random_prefix():
+    keys = [sequence_key(0, Stream.CUT, str(i), 0) for i in range(3000)]
+    kept = [rac.kept_length(4, "uniform", key) for key in keys]
+    assert {1, 2, 3, 4} == set(kept)
+    assert all(650 < kept.count(length) < 850 for length in range(1, 5))
+    assert rac.kept_length(4, "none", keys[0]) == 4
+    assert rac.kept_length(0, "uniform", keys[0]) == 0
+
+
+def test_noise_fresh_uses_the_visit_and_common_does_not():
+    generator, slots, _ = make([])
+    later = Slot(0, slots[0].example, visit=4, mix_rate=0.0)
+    assert generator._key(slots[0], Stream.BSS) != generator._key(later, Stream.BSS)
+    generator.recipe.selfgen.noise = "common"
+    assert generator._key(slots[0], Stream.BSS) == generator._key(later, Stream.BSS)
+
+
+def test_coins():
+    """Rate 0 none, rate 1 all but the last; in between the share, and a coin stays on when the rate grows."""
+    assert not any(draw_coins(50, 0.0, key=5))
+    assert draw_coins(50, 1.0, key=5) == [True] * 49 + [False]
+    low, high = draw_coins(4001, 0.2, key=5), draw_coins(4001, 0.5, key=5)
+    assert 0.17 < sum(low) / 4000 < 0.23
+    assert all(b for a, b in zip(low, high, strict=True) if a)
+
+
+def test_mixed_context_reads_mixed_and_predicts_gold():
+    _, slots, _ = make([])
+    example = slots[0].example
+    mixed = [50, *example.response_ids[1:]]
+    sequence = context_sequence(example, mixed)
+    start = len(example.prompt_ids)
+    assert sequence.input_ids[start:] == mixed
+    assert sequence.labels == [IGNORE] * start + example.response_ids
+    assert context_sequence(example, None).input_ids[start:] == example.response_ids
+
+
+def test_rounds_survive_the_disk(tmp_path):
+    records = [
+        Record(4, "a", 1, 0.25, [1, 2, 3], [True, False, False], [9, 2, 3], 2, [7, 8], 1, None, [1, 2, 3], "reference"),
+        Record(5, "b", 0, 0.0, [4]),
+        Record(5, "c", 0, 0.1, [4], draft_ids=[], draft_kept=0),
+    ]
+    path = tmp_path / "selfgen" / "round-00001.parquet"
+    write_round(path, records)
+    assert read_round(path) == records
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_runs_of_gold_and_sampled_text():
+    generator, _, _ = make([])
+    gold = ids_of(generator.chat, "red cat")
+    coins = [False, False, True, True, False, False, False]
+    record = Record(0, "a", 0, 0.5, gold, coins, gold)
+    assert mixed_runs(record, generator.chat) == [("re", False), ("d ", True), ("cat", False)]
