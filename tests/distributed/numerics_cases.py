@@ -330,6 +330,30 @@ def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
     return messages
 
 
+def bf16_case(adapter: str, stage: int) -> Case:
+    """bfloat16 trains at every stage, close to float32."""
+
+    def case(world: World, folder: Path) -> dict[str, list[float]]:
+        losses = {}
+        for dtype in ("float32", "bfloat16"):
+            recipe = fresh(
+                folder,
+                f"{dtype}-{adapter}-{stage}",
+                world,
+                model__dtype=dtype,
+                model__gradient_checkpointing=True,
+                adapter__kind=adapter,
+                method__name="bss",
+                deepspeed=f"ds_configs/zero{stage}.json",
+                train__lr=1e-3,
+            )
+            fit_and_export(recipe, world, StopFlag())
+            losses[dtype] = [row["loss"] for row in metrics_of(Path(recipe.output_dir))]
+        return losses
+
+    return case
+
+
 def offload_case(world: World, folder: Path) -> dict[str, list[float]]:
     losses = {}
     for name, file in (("resident", "zero3"), ("offloaded", "zero3_offload")):
@@ -368,4 +392,5 @@ CASES: dict[str, Case] = {
     "refused-ds": refused_case(deepspeed="ds_configs/zero9.json"),
     "other-recipe": other_recipe_case,
     "offload": offload_case,
+    **{f"bf16-{adapter}-{stage}": bf16_case(adapter, stage) for adapter in ("none", "lora") for stage in STAGES},
 }

@@ -103,3 +103,11 @@ def test_another_runs_folder_is_left_alone(results):
 def test_offloaded_training_is_that_of_the_gpu_resident(results):
     """ZeRO-3 with optimizer and parameters in host memory: DeepSpeed's own CPU Adam, equal to rounding."""
     assert results["offload"]["offloaded"] == pytest.approx(results["offload"]["resident"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_bfloat16_trains_close_to_float32(results, adapter, stage):
+    losses = results[f"bf16-{adapter}-{stage}"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"][-1] != losses["bfloat16"][0]
