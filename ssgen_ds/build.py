@@ -69,7 +69,7 @@ def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
     tokenizer = world.main_first(lambda: load_tokenizer(recipe.model))
     config = world.together(lambda: load_config(recipe.model))
     world.together(lambda: families.check(config, recipe.method.name != "sft"))
-    chat = world.together(lambda: ChatFormat(tokenizer, recipe.data, _generation_stops(config)))
+    chat = world.together(lambda: ChatFormat(tokenizer, recipe.data, generation_stops(config)))
     world.together(lambda: _refuse(context_problems(recipe, chat, config.get_text_config())))
     datasets = world.main_first(lambda: build_datasets(recipe, chat, cache_dir=cache_root() / "data"))
     return Inputs(tokenizer, chat, datasets, config.get_text_config().vocab_size)
@@ -80,7 +80,7 @@ def _refuse(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _generation_stops(config: Any) -> list[int]:
+def generation_stops(config: Any) -> list[int]:
     """End-of-sequence ids that the model's configuration names; one, several or none."""
     stops = config.get_text_config().eos_token_id
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssgen_ds.config import DataConfig, RacConfig, SourceConfig
+from ssgen_ds.data.paths import resolve_path
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.errors import UserError
 from ssgen_ds.selfgen.engine_sampler import EngineSampler
@@ -33,27 +37,54 @@ class GenerateSettings:
     prompt: str | None = None
 
 
+class Ticker:
+    """A line on standard error now and then: how far a long generation is."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._last = time.monotonic()
+
+    def at(self, phase: str) -> Callable[[int, int], None]:
+        """The callback that a sampler calls with sequences done and sequences in all."""
+
+        def tick(done: int, total: int) -> None:
+            if self._enabled and time.monotonic() - self._last >= self.SECONDS_BETWEEN_LINES:
+                self._last = time.monotonic()
+                print(f"{phase} {done}/{total}", file=sys.stderr, flush=True)
+
+        return tick
+
+
 def generate(settings: GenerateSettings) -> None:
-    """Write one JSON line a prompt: id, prompt, prediction, corrections, stopped, num_tokens."""
+    """Write one JSON line a prompt: id, prompt, reference, prediction, turns, stopped, num_tokens.
+
+    Every input is checked before any weight is loaded. Answers do not depend on the number of processes.
+    """
+    from ssgen_ds.build import generation_stops
     from ssgen_ds.data.loader import read_prompts
     from ssgen_ds.distributed import process_group
+    from ssgen_ds.modeling.load import load_config, load_tokenizer
     from ssgen_ds.references import load_reference, resolve_reference
 
     with process_group() as world:
         world.together(lambda: _check_out(settings.out))
         reference = world.together(lambda: resolve_reference(settings.model))
-        model, tokenizer = world.main_first(lambda: load_reference(reference, world.device))
         data = _data_config(settings, reference.recipe.data if reference.recipe else None)
-        stops = model.config.get_text_config().eos_token_id
-        chat = world.together(lambda: ChatFormat(tokenizer, data, [stops] if isinstance(stops, int) else stops or []))
+        world.together(lambda: resolve_path(settings.data, "--data"))
+        tokenizer = world.main_first(lambda: load_tokenizer(reference.model))
+        config = world.together(lambda: load_config(reference.model))
+        chat = world.together(lambda: ChatFormat(tokenizer, data, generation_stops(config)))
         examples = world.together(lambda: read_prompts(data, chat))[: settings.limit]
-        rac = reference.recipe.method.rac if reference.recipe else RacConfig()
+        cue = (reference.recipe.method.rac if reference.recipe else RacConfig()).correction_cue
+        world.together(lambda: _check_lengths(settings, chat, examples, cue, config.get_text_config()))
+        model = world.together(lambda: load_reference(reference, world.device))
         sampler = EngineSampler(model, world, sharded=False, batch=settings.batch)
-        rows = answer(settings, sampler, chat, examples, rac.correction_cue, _vocab_size(model))
+        rows = answer(settings, sampler, chat, examples, cue, config.get_text_config().vocab_size)
+        world.together(lambda: _write(settings.out, rows) if world.is_main else None)
         if world.is_main:
-            settings.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-            print(f"{settings.out}: {len(rows)} answers")
-        world.barrier()
+            _say_what_was_written(settings.out, rows, examples, data)
 
 
 def answer(
@@ -71,6 +102,7 @@ def answer(
     cue_ids = chat.correction_ids(cue)
     prompts = [example.prompt_ids for example in examples]
     turns = []
+    ticker = Ticker(sampler.world.is_main)
     for turn in range(settings.correct + 1):
         requests: list[Request] = [
             free_request(
@@ -81,7 +113,7 @@ def answer(
             )
             for example, prompt_ids in zip(examples, prompts, strict=True)
         ]
-        results, _, _ = sampler.sample(requests, sampling, block=1)
+        results, _, _ = sampler.sample(requests, sampling, 1, ticker.at("correcting" if turn else "answering"))
         turns.append(results)
         prompts = [
             example.prompt_ids + content_ids(result) + cue_ids
@@ -102,18 +134,50 @@ def answer(
 
 
 def _data_config(settings: GenerateSettings, trained: DataConfig | None) -> DataConfig:
-    """The run's own data settings, pointed at the file to answer."""
-    source = [SourceConfig(path=settings.data)]
-    update: dict[str, Any] = {"train": source, "eval": [], "eval_fraction": 0.0, "streaming": False}
+    """The run's own data settings, pointed at the file to answer; those of its source, too, where it had only one."""
+    own = trained.train[0] if trained is not None and len(trained.train) == 1 else SourceConfig(path=settings.data)
+    columns, prompt = own.columns, own.prompt
     if settings.prompt is not None:
-        update["prompt"] = settings.prompt
-    return (trained or DataConfig(train=source)).model_copy(update=update)
-
-
-def _vocab_size(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
+        columns = {name: column for name, column in (own.columns or {}).items() if name not in ("prompt", "messages")}
+        prompt = settings.prompt
+    source = SourceConfig(path=settings.data, columns=columns, prompt=prompt)
+    # Every prompt is answered: none is left out because it, or its reference, would be too long to train on.
+    update = {"train": [source], "eval": [], "over_length": "truncate", "on_bad_row": "error", "loss_on": "last"}
+    return (trained or DataConfig(train=[source])).model_copy(update=update)
 
 
 def _check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out: {out.parent} is no folder")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; name a file in it")
+
+
+def _check_lengths(
+    settings: GenerateSettings, chat: ChatFormat, examples: list[Example], cue: str, config: Any
+) -> None:
+    """Whether the longest prompt and its answers fit the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)  # a family trait: some have no limit
+    prompt = max(len(example.prompt_ids) for example in examples)
+    turns, fixed = (1, prompt) if settings.correct == 0 else (2, prompt + len(chat.correction_ids(cue)))
+    if limit is not None and fixed + turns * settings.max_new_tokens > limit:
+        what = "the longest prompt" if turns == 1 else "the longest prompt with the correction cue"
+        fits = (limit - fixed) // turns
+        advice = f"--max-new-tokens can be at most {fits}" if fits > 0 else "it leaves no room for an answer"
+        raise UserError(f"--max-new-tokens: {what} has {fixed} tokens and the model {limit} positions: {advice}")
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """All or nothing: a reader never finds half a file."""
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _say_what_was_written(out: Path, rows: list[dict[str, Any]], examples: list[Example], data: DataConfig) -> None:
+    print(f"{out}: {len(rows)} answers, {sum(row['stopped'] for row in rows)} ended by themselves")
+    if cut := sum(example.prompt_truncated for example in examples):
+        print(f"{cut} prompts were cut to {data.max_prompt_tokens} tokens (data.max_prompt_tokens)")

@@ -68,7 +68,7 @@ class Printer:
         parts = [Text("reads: context without loss", READ), Text("learns: trained", LEARNT), self._end("end token")]
         if uses_bss:
             parts.insert(2, Text.assemble(self._sampled("sampled", "gold"), " the model's own token → the label"))
-        self.console.print(Text("   ").join(parts))
+        self.console.print(Text("   ").join(parts), soft_wrap=True)
 
     def example(self, slot: Slot, record: Record, sequences: list[Sequence]) -> None:
         """The example as it is trained on and, with RAC, its correction."""
@@ -77,7 +77,7 @@ class Printer:
         cut = ", cut to fit" if example.prompt_truncated else ""
         title = f"{len(example.prompt_ids)} prompt tokens{cut}, {len(example.response_ids)} response tokens, {ending}"
         self.console.print()
-        self.console.rule(Text.assemble((example.id, "bold"), f"  {title}"), align="left", characters="-")
+        self.console.print(Text.assemble((example.id, "bold"), f": {title}"), soft_wrap=True)
         coins = record.coins or []
         sampled = {len(example.prompt_ids) + t for t, coin in enumerate(coins) if coin}
         self.console.print(self.blocks(sequences[0], sampled))
@@ -147,7 +147,7 @@ class Printer:
 
     def _sampled(self, read: str, gold: str | None) -> Text:
         """The model's own token and, where it differs, `→` and its label; here blanks matter, so they are shown."""
-        shown = Text(_visible(read), SAMPLED)
+        shown = Text.assemble((_visible(read), SAMPLED))
         if gold is not None:
             shown.append(f"→{_visible(gold)}", f"{LEARNT} underline")
         return Text.assemble("[", shown, "]") if self.plain else shown

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import yaml
 
 from ssgen_ds.checkpoint import ENGINE_TAG, MARKER, complete_checkpoints
 from ssgen_ds.config import AdapterConfig, ModelConfig, Recipe, parse_recipe
+from ssgen_ds.data.paths import HUB_ID, PACKAGE_PREFIX
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.export import merge_adapter, save_model
@@ -30,14 +34,31 @@ class Reference:
 
 def resolve_reference(name: str) -> Reference:
     """Find out what `name` is, without loading weights. Raises UserError when it is nothing we know."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if (path / MARKER).is_file():
         recipe = _read_recipe(path.parent.parent)
         return Reference(recipe.model, checkpoint=path, recipe=recipe)
     if (path / "recipe.yaml").is_file():
         return _resolve_run(path)
-    base, adapter = split_adapter(name)
+    _refuse_unknown(name, path)
+    base, adapter = split_adapter(str(path) if path.exists() else name)
     return Reference(ModelConfig(path=base), adapter=None if adapter is None else Path(adapter))
+
+
+def _refuse_unknown(name: str, path: Path) -> None:
+    """A misspelt folder looks like a hub id; find out here rather than after many attempts to reach the hub."""
+    if path.is_dir():
+        if path.parent.name == "checkpoints":
+            raise UserError(f"--model: {name} is no complete checkpoint (no {MARKER} in it)")
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise UserError(f"--model: {name} is no run, checkpoint, adapter or Hugging Face folder")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"--model: {name}: the only files that hold a model here are GGUF files (*.gguf)")
+    elif not name.startswith(PACKAGE_PREFIX):
+        in_a_folder = path.parent != Path() and path.parent.is_dir()
+        if in_a_folder or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+            raise UserError(f"--model: {name}: no such file or folder, and no hub id")
 
 
 def _resolve_run(run_dir: Path) -> Reference:
@@ -59,15 +80,14 @@ def _read_recipe(run_dir: Path) -> Recipe:
     return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def load_reference(reference: Reference, device: torch.device | str) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a reference, whole on this device."""
-    tokenizer = load_tokenizer(reference.model)
+def load_reference(reference: Reference, device: torch.device | str) -> Any:
+    """The model of a reference in eval mode, whole on this device."""
     model = load_model(reference.model, AdapterConfig(), {}, device=device)
     if reference.adapter is not None:
         model = apply_adapter(model, AdapterConfig(kind="lora"), str(reference.adapter), seed=0)
     if reference.checkpoint is not None:
         model = _with_checkpoint(model, reference)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def _with_checkpoint(model: Any, reference: Reference) -> Any:
@@ -85,11 +105,14 @@ def _with_checkpoint(model: Any, reference: Reference) -> Any:
 
 
 def _read_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Whole weights by name: at ZeRO 1 to 3 put together from the optimizer's float32 partitions."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     engine = checkpoint / ENGINE_TAG
     if any(engine.glob("*optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+        talk = io.StringIO()  # it prints its progress
+        with redirect_stdout(talk), redirect_stderr(talk):
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
     files = sorted(engine.glob("mp_rank_*_model_states.pt"))
     if not files:
         raise UserError(f"{checkpoint}: no engine state in it")
@@ -97,20 +120,37 @@ def _read_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def export_run(run: Path, out: Path, merge: bool) -> None:
-    """`ssgen export`: the trained model as a Hugging Face folder; with `merge`, the adapter folded into its base."""
+    """`ssgen export`: the trained model as a Hugging Face folder; with `merge`, the adapter folded into its base.
+
+    Of an unfinished run it is the newest complete checkpoint.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is not empty")
+    if not (run / "recipe.yaml").is_file() and not (run / MARKER).is_file():
+        raise UserError(f"{run}: neither a run folder (no recipe.yaml in it) nor a checkpoint")
     reference = resolve_reference(str(run))
-    if merge and reference.adapter is None:
-        raise UserError(f"--merge: {run} has no finished adapter to merge")
-    dtype = resolve_dtype(reference.model, "cuda" if torch.cuda.is_available() else "cpu")
+    assert reference.recipe is not None
+    if merge and reference.recipe.adapter.kind == "none":
+        raise UserError(f"--merge: {run} trained the whole model, there is no adapter to merge; leave --merge out")
     if merge:
-        difference = merge_adapter(reference.model, str(reference.adapter), out, dtype)
-        print(f"{out}: merged; the logits differ by at most {difference:.1e} from base + adapter")
-    elif (run / "finished.json").is_file():
+        print(f"{out}: merged; its logits differ from base + adapter by at most {_merge(reference, out):.1e}")
+    elif reference.checkpoint is None:
         shutil.copytree(run / "model", out, dirs_exist_ok=True)
-        print(out)
+        print(f"{out}: copied from {run / 'model'}")
     else:
-        model, tokenizer = load_reference(reference, "cpu")
-        save_model(model, tokenizer, out, resolve_model_path(reference.model.path).path, is_main=True)
-        print(f"{out}: from {reference.checkpoint}")
+        _save_checkpoint_model(reference, out)
+        print(f"{out}: made from {reference.checkpoint}")
+
+
+def _merge(reference: Reference, out: Path) -> float:
+    dtype = resolve_dtype(reference.model, "cuda" if torch.cuda.is_available() else "cpu")
+    if reference.adapter is not None:
+        return merge_adapter(reference.model, str(reference.adapter), out, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        _save_checkpoint_model(reference, Path(folder))
+        return merge_adapter(reference.model, folder, out, dtype)
+
+
+def _save_checkpoint_model(reference: Reference, out: Path) -> None:
+    base = resolve_model_path(reference.model.path, reference.model.revision).path
+    save_model(load_reference(reference, "cpu"), load_tokenizer(reference.model), out, base, is_main=True)
