@@ -7,7 +7,9 @@ backend; flags and Python objects on a gloo group, so that they never wait for t
 from __future__ import annotations
 
 import io
+import ctypes
 import os
+import platform
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -125,11 +127,12 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
     else:
         env.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
+        _keep_freed_memory()
         if "OMP_NUM_THREADS" not in env:  # ranks of one machine share its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(env.get("LOCAL_WORLD_SIZE", size))))
     import deepspeed  # late: it reads DS_ACCELERATOR when imported
 
-    with redirect_stdout(io.StringIO()):  # on a CPU it prints which operator it has built
+    with redirect_stdout(io.StringIO()), _port_errors():  # on a CPU it prints which operator it has built
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
@@ -141,6 +144,34 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
         yield World(rank, local_rank, size, device, control)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _port_errors() -> Iterator[None]:
+    """Two jobs on one machine with their launchers' default port: the second one's user needs to know which option."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is in use, perhaps by another job on this machine; name another: "
+            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N with srun"
+        ) from None
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse freed tensors instead of handing every large one back to the system.
+
+    Each gather under ZeRO-3 allocates and frees all weights; mapping them anew costs a page fault every 4 KiB. Measured
+    on two ranks of SmolLM2-135M: 7.8 instead of 18.7 s a step, for a quarter more resident memory.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    libc = ctypes.CDLL(None)
+    for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 * 2**20)):
+        libc.mallopt(option, value)
 
 
 def _free_port() -> int:
