@@ -161,10 +161,10 @@ def _check_lengths(
     prompt = max(len(example.prompt_ids) for example in examples)
     turns, fixed = (1, prompt) if settings.correct == 0 else (2, prompt + len(chat.correction_ids(cue)))
     if limit is not None and fixed + turns * settings.max_new_tokens > limit:
-        what = "the longest prompt" if turns == 1 else "the longest prompt with the correction cue"
+        what = "--data: the longest prompt" if turns == 1 else "--data: the longest prompt with the correction cue"
         fits = (limit - fixed) // turns
         advice = f"--max-new-tokens can be at most {fits}" if fits > 0 else "it leaves no room for an answer"
-        raise UserError(f"--max-new-tokens: {what} has {fixed} tokens and the model {limit} positions: {advice}")
+        raise UserError(f"{what} has {fixed} tokens and the model {limit} positions: {advice}")
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:

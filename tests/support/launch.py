@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,5 +69,9 @@ def torchrun(module: str, *arguments: str, ranks: int = 2) -> list[str]:
 
 
 def deepspeed(module: str, *arguments: str, ranks: int = 2) -> list[str]:
+    """Its default port is 29500 for everybody: take a free one."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_accelerators", str(ranks), "--module", module, *arguments]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", port, "--module", module, *arguments]
