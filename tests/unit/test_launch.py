@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -57,3 +58,15 @@ def test_help_is_quick_and_imports_no_torch():
     result = subprocess.run([sys.executable, "-m", "ssgen_ds", "--help"], capture_output=True, text=True, timeout=60)
     assert "train" in result.stdout
     assert time.perf_counter() - start < 4  # two interpreters, on a machine that may be busy
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", ["info", "warning"]), ("1", ["warning"])])
+def test_information_comes_from_rank_0_and_warnings_from_all(rank, told):
+    code = (
+        "import logging; from ssgen_ds.launch import quiet_libraries; quiet_libraries(); "
+        "log = logging.getLogger('ssgen_ds.any'); log.info('info'); log.warning('warning'); "
+        "logging.getLogger('library').info('chatter')"
+    )
+    environment = {**os.environ, "RANK": rank}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert result.stderr.split() == told
