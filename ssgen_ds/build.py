@@ -132,7 +132,7 @@ def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Tra
     """The trainer at its starting point: step 0, or the checkpoint's."""
     recipe, path = foundations.recipe, foundations.checkpoint
     stage = zero_stage(foundations.ds_config)
-    state = checkpoint.TrainState(0, 0, 0, foundations.inputs.datasets.fingerprint, world.size, stage)
+    state = checkpoint.TrainState(0, 0, foundations.inputs.datasets.fingerprint, world.size, stage)
     if path is not None:
         saved = world.together(lambda: checkpoint.read_state(path))
         world.together(lambda: checkpoint.check_resumable(path, saved, state))

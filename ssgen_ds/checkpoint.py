@@ -32,11 +32,9 @@ class TrainState:
 
     step: int  # optimizer steps finished
     round: int  # 1-based number of the round that the last step trained on
-    num_tokens: int
     data_fingerprint: str
     world_size: int
     zero_stage: int
-    first_eval_loss: float | None = None
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:

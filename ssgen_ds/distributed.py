@@ -6,8 +6,8 @@ backend; flags and Python objects on a gloo group, so that they never wait for t
 
 from __future__ import annotations
 
-import io
 import ctypes
+import io
 import os
 import platform
 import socket

@@ -68,9 +68,7 @@ class Trainer:
             torch.manual_seed(step_seed(self.recipe.train.seed, step, self.world.rank))
             stats = self._step(window, lr, step, slots[step])
             seconds = time.perf_counter() - started
-            self.state = replace(
-                self.state, step=step + 1, round=self._round(step), num_tokens=self.state.num_tokens + window.num_tokens
-            )
+            self.state = replace(self.state, step=step + 1, round=self._round(step))
             row = self._row(step, stats, window, lr, slots[step], records[step], seconds)
             row |= self._round_row(round_stats if step == min(slots) else RoundStats(), records)
             row |= self._evaluate(step)
@@ -161,7 +159,7 @@ class Trainer:
             "loss": stats.loss,
             "lr": lr,
             "grad_norm": stats.grad_norm,
-            "num_tokens": self.state.num_tokens,
+            "num_tokens": window.num_tokens,
             "mix_rate": slots[0].mix_rate,
             "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
             "step_seconds": seconds,

@@ -25,6 +25,7 @@ from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.curves import Rows, draw_curves, total
 from ssgen_ds.logbook import METRICS_FILE, read_rows
 from ssgen_ds.progress import compact, duration
+from ssgen_ds.run_folder import is_finished
 
 REPORT_FILE = "report.html"
 EXAMPLES_PER_ROUND = 3
@@ -93,7 +94,7 @@ def load_run(run_dir: Path) -> Run:
         evaluations={
             path.stem: flatten_numbers(_read_mapping(path)) for path in sorted((run_dir / "evaluations").glob("*.json"))
         },
-        is_finished=(run_dir / "model").is_dir(),
+        is_finished=is_finished(run_dir),
     )
 
 

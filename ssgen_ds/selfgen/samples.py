@@ -13,11 +13,11 @@ PER_ROUND = 4
 
 
 def describe_records(run_dir: Path, number: int, slots: list[Slot], records: list[Record], chat: ChatFormat) -> None:
-    """Append the first records of a round; a round that is generated again after a resume replaces its lines."""
+    """Append the last records of a round; a round that is generated again after a resume replaces its lines."""
     path = run_dir / "selfgen" / "samples.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = [line for line in lines if json.loads(line)["round"] < number]
-    chosen = list(zip(slots, records, strict=True))[:PER_ROUND]
+    chosen = list(zip(slots, records, strict=True))[-PER_ROUND:]  # the last: mix_rate grows
     kept += [json.dumps(describe(number, slot, record, chat), ensure_ascii=False) for slot, record in chosen]
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(kept) + "\n", encoding="utf-8")

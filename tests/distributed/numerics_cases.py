@@ -99,7 +99,7 @@ def gradient_case(stage: int, micro_batch: int) -> Case:
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
-def resume_case(adapter: str, stage: int, method: str) -> Case:
+def resume_case(adapter: str, stage: int, method: str, **more: Any) -> Case:
     """Stopped after every single step and continued each time, against uninterrupted."""
 
     def case(world: World, folder: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def resume_case(adapter: str, stage: int, method: str) -> Case:
             "method__rac__cut": "uniform",
             "data__eval_fraction": 0.2,
             "eval__every": 2,
-        }
+        } | more
         whole = fresh(folder, f"whole-{adapter}-{stage}-{method}", world, **settings)
         fit_and_export(whole, world, StopFlag())
         cut = fresh(folder, f"cut-{adapter}-{stage}-{method}", world, **settings)
@@ -305,6 +305,46 @@ def refused_case(**overrides: Any) -> Case:
     return case
 
 
+def mixture_case(world: World, folder: Path) -> dict[str, Any]:
+    """Two weighted sources of different shapes, all assistant turns trained, a file to evaluate on."""
+    if world.is_main:
+        turns = [
+            {"role": "user", "content": "sun"},
+            {"role": "assistant", "content": "moon"},
+            {"role": "user", "content": "cat"},
+            {"role": "assistant", "content": "dog"},
+        ]
+        rows = [{"messages": [*turns[:3], {"role": "assistant", "content": f"dog {i}"}]} for i in range(8)]
+        (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        (folder / "chat.jinja").write_text(template)
+    world.barrier()
+    recipe = fresh(
+        folder,
+        "mixture",
+        world,
+        method__name="bss+rac",
+        deepspeed="ds_configs/zero3.json",
+        data__train=[{"path": str(folder / "chat.jsonl"), "weight": 2.0}, {"path": str(folder / "train.jsonl")}],
+        data__eval=str(folder / "train.jsonl"),
+        data__chat_template=str(folder / "chat.jinja"),
+        data__loss_on="all",
+        train__max_steps=None,
+        train__epochs=2,
+        eval__every=4,
+    )
+    fit_and_export(recipe, world, StopFlag())
+    rows = metrics_of(Path(recipe.output_dir))
+    return {
+        "steps": len(rows),
+        "epochs": [row["epoch"] for row in rows],
+        "eval": [row.get("eval_loss") for row in rows],
+    }
+
+
 def empty_data_case(world: World, folder: Path) -> str:
     if world.is_main:
         (folder / "empty.jsonl").write_text("")
@@ -373,6 +413,10 @@ CASES: dict[str, Case] = {
     },
     "resume-none-0": resume_case("none", 0, "sft"),
     "resume-none-1": resume_case("none", 1, "bss"),
+    "resume-streaming": resume_case(
+        "none", 2, "bss", data__streaming=True, data__eval_fraction=0.0, eval__every=None, selfgen__noise="common"
+    ),
+    "mixture": mixture_case,
     "sft-bss": same_as_sft_case(method__name="bss", method__bss__mix_rate=0.0),
     "sft-rac": same_as_sft_case(method__name="rac", method__rac__correction_weight=0.0),
     **{

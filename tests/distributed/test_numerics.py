@@ -35,7 +35,7 @@ def test_gradients_do_not_depend_on_how_the_window_is_cut(results, alone, stage)
         assert distance(results[f"gradient-{stage}-{micro_batch}"], reference) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["none-0", "none-1", "none-2", "none-3", "lora-2", "lora-3"])
+@pytest.mark.parametrize("case", ["none-0", "none-1", "none-2", "none-3", "lora-2", "lora-3", "streaming"])
 def test_interrupted_equals_uninterrupted(results, case):
     """Stopped after every step, mid-round included, and continued: weights, tokens and metrics bit for bit."""
     result = results[f"resume-{case}"]
@@ -111,3 +111,13 @@ def test_bfloat16_trains_close_to_float32(results, adapter, stage):
     losses = results[f"bf16-{adapter}-{stage}"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
     assert losses["bfloat16"][-1] != losses["bfloat16"][0]
+
+
+def test_weighted_mixture_of_conversations(results):
+    """8 x 2 + 26 examples in windows of 6 are 7 steps an epoch, the last whole; evaluated every 4 and at the end."""
+    result = results["mixture"]
+    assert result["steps"] == 14
+    assert result["epochs"] == [0] * 7 + [1] * 7
+    assert [i + 1 for i, loss in enumerate(result["eval"]) if loss is not None] == [4, 8, 12, 14]
+    losses = [loss for loss in result["eval"] if loss is not None]
+    assert losses[-1] < losses[0]

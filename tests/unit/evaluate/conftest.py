@@ -93,7 +93,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         samples = [make_sample(number, f"{number}-{index}") for number in rounds for index in range(4)]
         write_lines(run_dir / "selfgen" / "samples.jsonl", samples)
         if finished:
-            (run_dir / "model").mkdir()
+            (run_dir / "finished.json").write_text("{}")
         return run_dir
 
     return make
