@@ -17,10 +17,12 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssgen_ds.distributed import World
 from ssgen_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ssgen_ds.distributed import World
 
 MARKER = "COMPLETE"
 ENGINE_TAG = "engine"
