@@ -5,14 +5,14 @@ recipe = load_recipe("recipes/demo.yaml", ["train.lr=1e-5"])
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.validation import validate
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -176,16 +176,8 @@ class Recipe(Section):
     resume: str = "auto"  # auto | never | PATH of a checkpoint
 
 
-# What users of other trainers will type.
-PEERS_WORDS = {
-    "learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "micro_batch",
-    "micro_batch_size": "micro_batch", "train_batch_size": "global_batch", "batch_size": "global_batch",
-    "max_grad_norm": "clip", "gradient_clipping": "clip", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup",
-    "warmup_steps": "warmup", "optim": "optimizer", "model_name_or_path": "path", "base_model": "path",
-    "torch_dtype": "dtype", "attn_implementation": "attention", "lora_r": "rank", "r": "rank", "lora_alpha": "alpha",
-    "lora_dropout": "dropout", "dataset": "train", "datasets": "train", "max_length": "max_prompt_tokens",
-    "save_steps": "every", "eval_steps": "every", "save_total_limit": "keep", "report_to": "tensorboard",
-}  # fmt: skip
+# Stand-ins for required keys that are missing or faulty, so that the cross-field checks still run on the rest.
+REQUIRED: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": ["-"]}, "train": {}, "output_dir": "-"}
 
 # Keys that may differ on resume: they change where or how often something is written or how the arithmetic is cut up,
 # not what is trained.
@@ -213,78 +205,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a nested dictionary. Field errors and cross-field errors are reported together."""
-    recipe, problems = _validate(raw)
+    recipe, problems = validate(Recipe, raw, REQUIRED)
     if recipe is not None:
         problems += cross_field_problems(recipe)
     if problems:
         raise UserError.from_list(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
     assert recipe is not None
     return recipe
-
-
-def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """The recipe with faulty keys left out (so that cross-field checks still run), and what was wrong with them."""
-    try:
-        return Recipe.model_validate(raw), []
-    except ValidationError as error:
-        problems = list(dict.fromkeys(_sentence(item) for item in error.errors()))
-        pruned = _without(raw, [item["loc"] for item in error.errors() if item["type"] != "missing"])
-        pruned = _with_placeholders(pruned)
-        try:
-            return Recipe.model_validate(pruned), problems
-        except ValidationError:
-            return None, problems
-
-
-def _sentence(item: Any) -> str:
-    """One line for one pydantic error: dotted key, what is wrong, nearest known key."""
-    location = list(item["loc"])
-    key = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        near = _nearest_key(str(location[-1]), _known_keys(location[:-1]))
-        hint = f"; did you mean {'.'.join([*map(str, location[:-1]), near])}?" if near else ""
-        return f"{key}: unknown key{hint}"
-    if item["type"] == "missing":
-        return f"{key}: required, but not given"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
-
-
-def _nearest_key(unknown: str, known: list[str]) -> str | None:
-    """By spelling, or by the name that other trainers give to the same thing, itself perhaps misspelt."""
-    words = {**PEERS_WORDS, **{key: key for key in known}}
-    near = difflib.get_close_matches(unknown, [word for word, key in words.items() if key in known], n=1, cutoff=0.5)
-    return words[near[0]] if near else None
-
-
-def _known_keys(location: list[Any]) -> list[str]:
-    section: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        section = SourceConfig if part in ("train", "eval") and section is DataConfig else annotation
-    return list(section.model_fields) if hasattr(section, "model_fields") else []
-
-
-def _with_placeholders(raw: dict[str, Any]) -> dict[str, Any]:
-    """Required keys that are missing or were faulty, filled so that the cross-field checks still run."""
-    sections = {key: raw[key] if isinstance(raw.get(key), dict) else {} for key in ("model", "data", "train")}
-    filled = {"output_dir": "-", **raw, **sections}
-    filled["model"] = {"path": "-", **sections["model"]}
-    filled["data"] = {"train": ["-"], **sections["data"]}
-    return filled
-
-
-def _without(raw: Any, locations: list[tuple[Any, ...]]) -> Any:
-    """A copy of `raw` lacking the keys at `locations`."""
-    if not isinstance(raw, dict):
-        return raw
-    drop = {location[0] for location in locations if len(location) == 1 or not isinstance(raw.get(location[0]), dict)}
-    return {
-        key: _without(value, [location[1:] for location in locations if location and location[0] == key])
-        for key, value in raw.items()
-        if key not in drop
-    }
 
 
 def cross_field_problems(recipe: Recipe) -> list[str]:
