@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.selfgen.rounds import Record, RoundGenerator, Slot
+from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, Slot
 from ssgen_ds.window import IGNORE, Sequence
 
 SHOWN_TOKENS = 48  # of a long stretch that is only read, at either end
@@ -70,7 +70,7 @@ class Printer:
             parts.insert(2, Text.assemble(self._sampled("sampled", "gold"), " the model's own token → the label"))
         self.console.print(Text("   ").join(parts), soft_wrap=True)
 
-    def example(self, slot: Slot, record: Record, sequences: list[Sequence]) -> None:
+    def example(self, slot: Slot, record: Generated, sequences: list[Sequence]) -> None:
         """The example as it is trained on and, with RAC, its correction."""
         example = slot.example
         ending = "cut, so no end token is trained" if example.truncated else "end token included"

@@ -19,7 +19,7 @@ from ssgen_ds.errors import StopRequested
 from ssgen_ds.logbook import Logbook
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.engine_sampler import inference_mode
-from ssgen_ds.selfgen.rounds import Record, RoundGenerator, RoundStats, Slot
+from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, RoundStats, Slot
 from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
 from ssgen_ds.selfgen.store import read_round, round_path, write_round
@@ -52,7 +52,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from `state.step` to `total_steps`. Raises StopRequested after a checkpoint when asked to stop."""
         slots: dict[int, list[Slot]] = {}
-        records: dict[int, list[Record]] = {}
+        records: dict[int, list[Generated]] = {}
         round_stats = RoundStats()
         for step in range(self.state.step, self.total_steps):
             if step not in slots:
@@ -81,7 +81,7 @@ class Trainer:
         """1-based round of a 0-based step."""
         return step // self.recipe.selfgen.refresh_every + 1
 
-    def _open_round(self, step: int) -> tuple[dict[int, list[Slot]], dict[int, list[Record]], RoundStats]:
+    def _open_round(self, step: int) -> tuple[dict[int, list[Slot]], dict[int, list[Generated]], RoundStats]:
         """Slots and records of the round that `step` belongs to, by step; generated, or read back after a resume."""
         every = self.recipe.selfgen.refresh_every
         first = (self._round(step) - 1) * every
@@ -95,7 +95,7 @@ class Trainer:
             if self.world.is_main and self.recipe.method.name != "sft":
                 write_round(round_path(self.run_dir, self._round(step)), flat_records)
                 describe_records(self.run_dir, self._round(step), flat, flat_records, self.generator.chat)
-        by_step: dict[int, list[Record]] = {s: [] for s in slots}
+        by_step: dict[int, list[Generated]] = {s: [] for s in slots}
         for record in flat_records:
             by_step[record.step].append(record)
         return slots, by_step, stats
@@ -148,7 +148,7 @@ class Trainer:
         window: Window,
         lr: float,
         slots: list[Slot],
-        records: list[Record],
+        records: list[Generated],
         seconds: float,
     ) -> dict[str, Any]:
         response_tokens = sum(len(record.gold_ids) for record in records)
@@ -167,7 +167,7 @@ class Trainer:
             "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
         } | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
 
-    def _round_row(self, stats: RoundStats, records: dict[int, list[Record]]) -> dict[str, float]:
+    def _round_row(self, stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, float]:
         """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
         passes = [record.bss_passes for group in records.values() for record in group if record.bss_passes]
         return {
@@ -211,7 +211,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
 
 
-def _rac_counts(records: list[Record]) -> dict[str, int]:
+def _rac_counts(records: list[Generated]) -> dict[str, int]:
     return {
         "num_corrections": sum(record.target_ids is not None for record in records),
         "num_empty_drafts": sum(record.draft_ids == [] for record in records),

@@ -34,7 +34,7 @@ class Slot:
 
 
 @dataclass
-class Record:
+class Generated:
     """What was generated for one slot. None: the method does not generate it, or nothing was to be generated."""
 
     step: int
@@ -71,11 +71,12 @@ class RoundGenerator:
 
     def generate(
         self, slots: list[Slot], progress: PhaseProgress = lambda phase, done, total: None
-    ) -> tuple[list[Record], RoundStats]:
+    ) -> tuple[list[Generated], RoundStats]:
         """One record for each slot, in order."""
         stats = RoundStats()
         records = [
-            Record(slot.step, slot.example.id, slot.visit, slot.mix_rate, slot.example.response_ids) for slot in slots
+            Generated(slot.step, slot.example.id, slot.visit, slot.mix_rate, slot.example.response_ids)
+            for slot in slots
         ]
         method = self.recipe.method
         if method.uses_bss and any(slot.mix_rate > 0 for slot in slots):
@@ -106,7 +107,7 @@ class RoundGenerator:
         stats.sampler.add(cost)
         return results
 
-    def _mix(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _mix(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
         block = None if self.recipe.selfgen.block == "all" else self.recipe.selfgen.block
         sampling = self._sampling(self.recipe.method.bss, keep=())
         requests = [bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS)) for slot in slots]
@@ -114,7 +115,7 @@ class RoundGenerator:
         for record, request, result in zip(records, requests, results, strict=True):
             record.coins, record.mixed_ids, record.bss_passes = request.coins, result.tokens, result.passes
 
-    def _draft(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _draft(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
         settings = self.recipe.method.rac
         stop_ids = frozenset(self.chat.stop_ids)
         requests = [
@@ -131,7 +132,7 @@ class RoundGenerator:
             if record.draft_ids:
                 record.target_ids, record.target_kind = record.gold_ids, "reference"
 
-    def _rewrite(self, slots: list[Slot], records: list[Record], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _rewrite(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
         settings = self.recipe.method.rac
         stop_ids = frozenset(self.chat.stop_ids)
         chosen = [(slot, record) for slot, record in zip(slots, records, strict=True) if record.draft_ids]
@@ -156,7 +157,7 @@ class RoundGenerator:
         banned = tuple(self.chat.banned_ids(self.vocab_size, keep=keep))
         return Sampling(settings.temperature, settings.top_k, settings.top_p, banned)
 
-    def sequences(self, slot: Slot, record: Record) -> list[Sequence]:
+    def sequences(self, slot: Slot, record: Generated) -> list[Sequence]:
         """The training sequences of one slot: the example itself and, with RAC, its correction."""
         sequences = [bss.context_sequence(slot.example, record.mixed_ids)]
         if record.target_ids is not None:

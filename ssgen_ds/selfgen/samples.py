@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.selfgen.rounds import Record, Slot
+from ssgen_ds.selfgen.rounds import Generated, Slot
 
 PER_ROUND = 4
 
 
-def describe_records(run_dir: Path, number: int, slots: list[Slot], records: list[Record], chat: ChatFormat) -> None:
+def describe_records(run_dir: Path, number: int, slots: list[Slot], records: list[Generated], chat: ChatFormat) -> None:
     """Append the last records of a round; a round that is generated again after a resume replaces its lines."""
     path = run_dir / "selfgen" / "samples.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -24,7 +24,7 @@ def describe_records(run_dir: Path, number: int, slots: list[Slot], records: lis
     partial.replace(path)
 
 
-def describe(number: int, slot: Slot, record: Record, chat: ChatFormat) -> dict[str, Any]:
+def describe(number: int, slot: Slot, record: Generated, chat: ChatFormat) -> dict[str, Any]:
     """One record as text; `mixed` is a list of (text, is_sampled) runs."""
 
     def text(ids: list[int] | None) -> str | None:
@@ -44,7 +44,7 @@ def describe(number: int, slot: Slot, record: Record, chat: ChatFormat) -> dict[
     }
 
 
-def mixed_runs(record: Record, chat: ChatFormat) -> list[tuple[str, bool]]:
+def mixed_runs(record: Generated, chat: ChatFormat) -> list[tuple[str, bool]]:
     """The mixed context as runs of gold and sampled tokens."""
     runs: list[tuple[list[int], bool]] = []
     for token, coin in zip(record.mixed_ids or [], record.coins or [], strict=True):

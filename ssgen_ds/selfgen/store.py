@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssgen_ds.selfgen.rounds import Record
+from ssgen_ds.selfgen.rounds import Generated
 
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -36,7 +36,7 @@ def round_path(run_dir: Path, number: int) -> Path:
     return run_dir / "selfgen" / f"round-{number:05d}.parquet"
 
 
-def write_round(path: Path, records: list[Record]) -> None:
+def write_round(path: Path, records: list[Generated]) -> None:
     """Write all records of a round; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -44,6 +44,6 @@ def write_round(path: Path, records: list[Record]) -> None:
     os.replace(partial, path)
 
 
-def read_round(path: Path) -> list[Record]:
+def read_round(path: Path) -> list[Generated]:
     """The records of a round, in the order of their slots."""
-    return [Record(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+    return [Generated(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]

@@ -20,7 +20,7 @@ from ssgen_ds.modeling.export import save_model
 from ssgen_ds.modeling.gather import full_state_dict
 from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.rac import free_request
-from ssgen_ds.selfgen.rounds import Record
+from ssgen_ds.selfgen.rounds import Generated
 from ssgen_ds.selfgen.store import read_round
 from ssgen_ds.signals import StopFlag
 from ssgen_ds.step import NonFiniteError, accumulate_gradients, train_step
@@ -58,7 +58,7 @@ def weights_hash(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def tokens_of(run_dir: Path) -> list[list[Record]]:
+def tokens_of(run_dir: Path) -> list[list[Generated]]:
     return [read_round(path) for path in sorted((run_dir / "selfgen").glob("*.parquet"))]
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from ssgen_ds.config import parse_recipe
-from ssgen_ds.data.records import Record as DataRecord
+from ssgen_ds.data.records import Record
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.selfgen import rac
 from ssgen_ds.selfgen.bss import context_sequence, draw_coins
 from ssgen_ds.selfgen.fixed_point import Request, Sampled, SamplerStats
 from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.rounds import Record, RoundGenerator, Slot
+from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, Slot
 from ssgen_ds.selfgen.samples import mixed_runs
 from ssgen_ds.selfgen.store import read_round, write_round
 from ssgen_ds.window import IGNORE
@@ -63,7 +63,7 @@ def make(script: list[list[str]], **rac_settings) -> tuple[RoundGenerator, list[
     slots = []
     for i, (prompt, completion) in enumerate(rows):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        slots.append(Slot(0, chat.encode(DataRecord(f"id-{i}", messages, "here", "hash")), visit=3, mix_rate=0.0))
+        slots.append(Slot(0, chat.encode(Record(f"id-{i}", messages, "here", "hash")), visit=3, mix_rate=0.0))
     sampler = ScriptedSampler(chat, script)
     return RoundGenerator(recipe, chat, 96, sampler), slots, sampler
 
@@ -158,9 +158,11 @@ def test_mixed_context_reads_mixed_and_predicts_gold():
 
 def test_rounds_survive_the_disk(tmp_path):
     records = [
-        Record(4, "a", 1, 0.25, [1, 2, 3], [True, False, False], [9, 2, 3], 2, [7, 8], 1, None, [1, 2, 3], "reference"),
-        Record(5, "b", 0, 0.0, [4]),
-        Record(5, "c", 0, 0.1, [4], draft_ids=[], draft_kept=0),
+        Generated(
+            4, "a", 1, 0.25, [1, 2, 3], [True, False, False], [9, 2, 3], 2, [7, 8], 1, None, [1, 2, 3], "reference"
+        ),
+        Generated(5, "b", 0, 0.0, [4]),
+        Generated(5, "c", 0, 0.1, [4], draft_ids=[], draft_kept=0),
     ]
     path = tmp_path / "selfgen" / "round-00001.parquet"
     write_round(path, records)
@@ -172,5 +174,5 @@ def test_runs_of_gold_and_sampled_text():
     generator, _, _ = make([])
     gold = ids_of(generator.chat, "red cat")
     coins = [False, False, True, True, False, False, False]
-    record = Record(0, "a", 0, 0.5, gold, coins, gold)
+    record = Generated(0, "a", 0, 0.5, gold, coins, gold)
     assert mixed_runs(record, generator.chat) == [("re", False), ("d ", True), ("cat", False)]
