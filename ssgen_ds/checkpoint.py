@@ -3,7 +3,8 @@
     checkpoints/step-00000100/
         engine/            DeepSpeed's files: weights (adapter only with LoRA) and optimizer
         round.parquet      the round in progress, so that the steps after it train on the same tokens
-        state.json         step, rows of the data, recipe fingerprint
+        recipe.yaml        of the run that wrote it
+        state.json         step, ranks, ZeRO stage, data fingerprint
         COMPLETE           written last, after every rank has confirmed; without it the folder is ignored
 
 Everything is written into a temporary folder first and renamed. There is no RNG state and no data cursor to keep: both
@@ -66,6 +67,7 @@ def save_checkpoint(
 
     def finish() -> None:
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+        shutil.copyfile(run_dir / "recipe.yaml", partial / "recipe.yaml")
         if round_file is not None:
             shutil.copyfile(round_file, partial / "round.parquet")
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):

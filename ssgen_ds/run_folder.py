@@ -34,14 +34,18 @@ def open_run(recipe: Recipe) -> Path | None:
             raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
         if recipe.resume == "never":
             raise UserError(f"output_dir: {run_dir} holds a run and resume is never; name another, or resume=auto")
-        previous = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
-        changes = changed_keys(previous, recipe)
-        if changes:
-            raise UserError.from_list(
-                f"output_dir: {run_dir} holds a run with another recipe; undo the changes or name another output_dir",
-                changes,
-            )
-    return find_checkpoint(run_dir, recipe.resume)
+        _refuse_changes(saved, recipe, f"output_dir: {run_dir} holds a run with another recipe")
+    checkpoint = find_checkpoint(run_dir, recipe.resume)
+    if checkpoint is not None:
+        _refuse_changes(checkpoint / "recipe.yaml", recipe, f"resume: {checkpoint} was trained by another recipe")
+    return checkpoint
+
+
+def _refuse_changes(saved: Path, recipe: Recipe, what: str) -> None:
+    """A run goes on only by the recipe that it began with, in everything that changes the training."""
+    previous = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+    if changes := changed_keys(previous, recipe):
+        raise UserError.from_list(f"{what}; undo the changes or start afresh in another output_dir", changes)
 
 
 def is_finished(run_dir: Path) -> bool:

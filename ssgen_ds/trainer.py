@@ -92,9 +92,9 @@ class Trainer:
             flat_records = self.world.together(lambda: read_round(self.resumed_round))
         else:
             flat_records, stats = self.generator.generate(flat, self._generating(step))
-            if self.world.is_main and self.recipe.method.name != "sft":
-                write_round(round_path(self.run_dir, self._round(step)), flat_records)
-                describe_records(self.run_dir, self._round(step), flat, flat_records, self.generator.chat)
+        if self.world.is_main and self.recipe.method.name != "sft":
+            write_round(round_path(self.run_dir, self._round(step)), flat_records)
+            describe_records(self.run_dir, self._round(step), flat, flat_records, self.generator.chat)
         by_step: dict[int, list[Generated]] = {s: [] for s in slots}
         for record in flat_records:
             by_step[record.step].append(record)

@@ -403,6 +403,34 @@ def offload_case(world: World, folder: Path) -> dict[str, list[float]]:
     return losses
 
 
+def resume_path_case(world: World, folder: Path) -> dict[str, Any]:
+    """`resume: PATH` continues another folder's checkpoint; a recipe that trains differently is refused."""
+    settings = {
+        "method__name": "bss",
+        "deepspeed": "ds_configs/zero2.json",
+        "checkpoint__every": 1,
+        "checkpoint__keep": 9,
+    }
+    whole = fresh(folder, "path-whole", world, **settings)
+    fit_and_export(whole, world, StopFlag())
+    path = Path(whole.output_dir) / "checkpoints" / "step-00000003"
+    message = ""
+    try:
+        fit_and_export(
+            fresh(folder, "path-other", world, **settings, resume=str(path), train__lr=0.5), world, StopFlag()
+        )
+    except UserError as error:
+        message = str(error)
+    branch = fresh(folder, "path-branch", world, **settings, resume=str(path))
+    fit_and_export(branch, world, StopFlag())
+    one, two = Path(whole.output_dir), Path(branch.output_dir)
+    return {
+        "same_weights": weights_hash(one) == weights_hash(two),
+        "steps": [row["step"] for row in metrics_of(two)],
+        "refused": message,
+    }
+
+
 STAGES = (0, 1, 2, 3)
 CASES: dict[str, Case] = {
     **{f"gradient-{stage}-{micro}": gradient_case(stage, micro) for stage in STAGES for micro in (1, 2, 4)},
@@ -435,6 +463,7 @@ CASES: dict[str, Case] = {
     "refused-context": refused_case(data__max_prompt_tokens=4000),
     "refused-ds": refused_case(deepspeed="ds_configs/zero9.json"),
     "other-recipe": other_recipe_case,
+    "path": resume_path_case,
     "offload": offload_case,
     **{f"bf16-{adapter}-{stage}": bf16_case(adapter, stage) for adapter in ("none", "lora") for stage in STAGES},
 }

@@ -121,3 +121,11 @@ def test_weighted_mixture_of_conversations(results):
     assert [i + 1 for i, loss in enumerate(result["eval"]) if loss is not None] == [4, 8, 12, 14]
     losses = [loss for loss in result["eval"] if loss is not None]
     assert losses[-1] < losses[0]
+
+
+def test_resume_from_a_named_checkpoint(results):
+    """Step 4 only, from step 3's checkpoint in mid-round, in a folder of its own."""
+    result = results["path"]
+    assert result["steps"] == [4]
+    assert result["same_weights"]
+    assert "train.lr: 0.01 -> 0.5" in result["refused"]
