@@ -19,7 +19,7 @@ from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.modeling import families
 from ssgen_ds.modeling.adapters import apply_adapter, param_groups
 from ssgen_ds.modeling.cached import check_cache
-from ssgen_ds.modeling.gguf import cache_root
+from ssgen_ds.modeling.convert import cache_root
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.bss import context_sequence

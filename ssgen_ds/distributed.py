@@ -164,7 +164,7 @@ def _keep_freed_memory() -> None:
     """Make glibc reuse freed tensors instead of handing every large one back to the system.
 
     Each gather under ZeRO-3 allocates and frees all weights; mapping them anew costs a page fault every 4 KiB. Measured
-    on two ranks of SmolLM2-135M in float32, third and fourth step of two runs: 8.6 to 10.2 s instead of 10.6 to 14.3, for
+    on two ranks of SmolLM2-135M in float32, third and fourth step of two runs: 8.6-10.2 s instead of 10.6-14.3, for
     a fifth to a third more resident memory.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -170,7 +170,7 @@ def _load_zero3(
 
     model = load_partitioned(load_config(model_config), source.path, source.revision, ds_config, **kwargs)
     if model is None:
-        logger.info("%s: its tensors need converting; loading through transformers", model_config.path)
+        logger.info("%s: its tensors do not match the model's; loading through transformers", model_config.path)
         with transformers_partitions(ds_config):
             return _load_whole(source, kwargs)
     with suppress(OSError):  # a checkpoint need not have one; the model's configuration has given it its own

@@ -2,7 +2,8 @@
 
 The model is built without weights. Rank 0 then reads one tensor at a time and hands it to DeepSpeed, which broadcasts
 it and leaves each rank its share. transformers' own ZeRO-3 loader lets rank 0 hold the whole checkpoint and keeps
-more than half a model on the others (2 ranks, 514 MiB of weights: peaks of 977 and 567 MiB against 270 here).
+more than half a model on the others (2 ranks, 514 MiB of weights: peaks of 977 and 567 MiB against 270 here). A
+checkpoint whose tensors it would rename, fuse or stack is converted once, in a process of its own (`convert.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+
+from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.convert import convert_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,14 +42,23 @@ def load_partitioned(
         kwargs: for `AutoModelForCausalLM.from_config` (dtype, attn_implementation, trust_remote_code).
 
     Returns:
-        The model, or None when the checkpoint's tensors are not exactly the model's (renamed, fused or missing ones,
-        other shapes, no safetensors): transformers' loader, which can convert, has to do it then.
+        The model, or None when even the converted checkpoint's tensors are not exactly the model's (missing ones, other
+        shapes, some kept in float32): transformers' loader has to do it then.
 
     Raises:
         OSError: rank 0 could not get at the checkpoint; raised on every rank.
     """
     model = _build_without_weights(config, **kwargs)
-    files = _from_first_rank(lambda: _match(model, _read_index(path, revision)))
+
+    def find() -> Files | None:
+        found = _match(model, _read_index(path, revision))
+        if found is None:
+            found = _match(
+                model, _read_index(str(convert_checkpoint(path, revision, kwargs["trust_remote_code"])), None)
+            )
+        return found
+
+    files = _from_first_rank(find)
     if files is None:
         return None
     import deepspeed
@@ -88,7 +101,7 @@ def _from_first_rank(compute: Callable[[], Files | None]) -> Files | None:
     if dist.get_rank() == 0:
         try:
             box[0] = compute()
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
