@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,27 @@ def uneven_case(stage: int, number: int) -> Case:
         mine = [result.tokens for result in results]
         assert world.gather(mine) == [mine] * world.size
         return mine
+
+    return case
+
+
+def rewrite_case(stage: int) -> Case:
+    """RAC whose targets the model writes itself, with a uniform cut: what was generated in two rounds."""
+
+    def case(world: World, folder: Path) -> list[dict[str, Any]]:
+        recipe = fresh(
+            folder,
+            f"rewrite-{stage}",
+            world,
+            deepspeed=f"ds_configs/zero{stage}.json",
+            method__name="rac",
+            method__rac__target="rewrite",
+            method__rac__cut="uniform",
+            method__rac__rewrite_cue="Gold: {reference}",
+            data__max_response_tokens=12,
+        )
+        fit_and_export(recipe, world, StopFlag())
+        return [asdict(generated) for group in tokens_of(Path(recipe.output_dir)) for generated in group]
 
     return case
 
@@ -445,6 +467,7 @@ CASES: dict[str, Case] = {
         "none", 2, "bss", data__streaming=True, data__eval_fraction=0.0, eval__every=None, selfgen__noise="common"
     ),
     "mixture": mixture_case,
+    "rewrite-3": rewrite_case(3),
     "sft-bss": same_as_sft_case(method__name="bss", method__bss__mix_rate=0.0),
     "sft-rac": same_as_sft_case(method__name="rac", method__rac__correction_weight=0.0),
     **{

@@ -65,6 +65,18 @@ def test_uneven_generation_ends_and_is_the_same_everywhere(results, alone, numbe
     assert len({len(tokens) for tokens in alone["uneven-0-5"]}) > 2, "the case must be uneven to mean anything"
 
 
+def test_rewrites_are_the_same_on_two_sharded_ranks(results, alone):
+    """Drafts, cuts, rewrites and targets of ZeRO-3 on two ranks are those of one process, bit for bit."""
+    generated = results["rewrite-3"]
+    assert generated == alone["rewrite-0"]
+    assert len(generated) == 4 * 6
+    drafted = [item for item in generated if item["draft_ids"]]
+    assert drafted
+    assert all(item["rewrite_ids"] is not None and item["target_ids"] for item in drafted)
+    assert all(1 <= item["draft_kept"] <= len(item["draft_ids"]) for item in drafted)
+    assert any(item["draft_kept"] < len(item["draft_ids"]) for item in drafted)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_on_one_rank_stops_all_before_the_update(results, stage, where):
