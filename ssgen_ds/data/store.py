@@ -174,7 +174,8 @@ def encoded_rows(
         except BadRow as problem:
             yield where, None, problem
         except UserError as error:
-            raise UserError(f"{key}: {where}: {str(error).removeprefix(f'{key}: ')}") from None
+            what = str(error).removeprefix(f"{key}: ").removeprefix(f"{where}: ")
+            raise UserError(f"{key}: {where}: {what}") from None
         else:
             yield where, record, example
 

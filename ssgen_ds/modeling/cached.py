@@ -72,7 +72,7 @@ class CachedCausalLM:
         before_call: runs before every forward; ranks use it to agree that one more call follows.
     """
 
-    def __init__(self, model: torch.nn.Module, before_call: Callable[[], None] = lambda: None):
+    def __init__(self, model: torch.nn.Module, before_call: Callable[[], object] = lambda: None):
         self.model = model
         self.config = model.config.get_text_config()
         self.before_call = before_call

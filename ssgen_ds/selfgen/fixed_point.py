@@ -91,7 +91,6 @@ class _Row:
     """Progress of one request. Absolute position = len(prompt) + response position."""
 
     request: Request
-    index: int
     tokens: list[int]  # prompt, then the current guess
     coin_positions: list[int]  # response positions that the model decides
     next_coin: int = 0  # index into coin_positions: the first coin of the open block
@@ -125,7 +124,7 @@ def sample_fixed_point(
     last coin, compares the draws with the guess, and makes everything up to the first change final.
     """
     stats = SamplerStats(response_tokens=sum(len(request.coins) for request in requests))
-    rows = [_open_row(index, request) for index, request in enumerate(requests)]
+    rows = [_open_row(request) for request in requests]
     active = [row for row in rows if row.coin_positions]
     if active:
         model.open([len(row.tokens) for row in active])
@@ -141,13 +140,13 @@ def sample_fixed_point(
     return [row.result for row in rows], stats
 
 
-def _open_row(index: int, request: Request) -> _Row:
+def _open_row(request: Request) -> _Row:
     if not request.prompt_ids:
         raise ValueError("a request needs at least one prompt token: the first response token is predicted from it")
     if len(request.guess_ids) != len(request.coins):
         raise ValueError(f"guess has {len(request.guess_ids)} tokens, coins are {len(request.coins)}")
     coin_positions = [t for t, coin in enumerate(request.coins) if coin]
-    return _Row(request, index, [*request.prompt_ids, *request.guess_ids], coin_positions)
+    return _Row(request, [*request.prompt_ids, *request.guess_ids], coin_positions)
 
 
 def _one_pass(
