@@ -15,21 +15,22 @@ of three parameters:
     some      gold       all          exact scheduled sampling in a few parallel passes
     all 1     a draft    W            speculative decoding: keeps the prefix that still holds
 
-Pure torch: the model is any callable that satisfies `CachedModel`.
+The guess never changes what is sampled, only what it costs. Pure torch: the model is any callable that satisfies
+`CachedModel`; `block.py` runs the same loop on a model of costs alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from ssgen_ds.selfgen.draw import Draw, Previous, draw_tokens
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.noise import gumbel
-
-TIE = 1e-3  # below this gap between the two best scores, float32 rounding may decide: counted, METHOD "Exact"
-_ROWS_AT_ONCE = 32  # noise and scores are [rows, V] float32: bounds their memory, and keeps them near the core
+from ssgen_ds.selfgen.lookup import Lookup
+from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
 
 
 class CachedModel(Protocol):
@@ -49,52 +50,17 @@ class CachedModel(Protocol):
 
 
 @dataclass
-class Request:
-    """One sequence to sample. Tokens are plain integers; `coins[t]` says whether position t is the model's."""
-
-    prompt_ids: list[int]
-    guess_ids: list[int]
-    coins: list[bool]
-    key: int  # noise.sequence_key
-    stop_ids: frozenset[int] = frozenset()
-
-
-@dataclass
-class Sampled:
-    """The fixed point of one request: its tokens (cut after a stop id) and what they cost."""
-
-    tokens: list[int]
-    passes: int = 0
-    flips: int = 0  # coins whose token was changed by some pass, summed over passes
-    ties: int = 0  # draws in which rounding may have decided
-    stopped: bool = False
-
-
-@dataclass
-class SamplerStats:
-    """Cost of a batch, or of several added up."""
-
-    calls: int = 0
-    token_forwards: int = 0
-    sampled_tokens: int = 0
-    response_tokens: int = 0
-    flips: int = 0
-    ties: int = 0
-
-    def add(self, other: SamplerStats) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-@dataclass
-class _Row:
+class Row:
     """Progress of one request. Absolute position = len(prompt) + response position."""
 
     request: Request
     tokens: list[int]  # prompt, then the current guess
     coin_positions: list[int]  # response positions that the model decides
+    guess_end: int  # response positions before it hold gold tokens, final tokens or a guess worth trying
+    lookup: Lookup | None
     next_coin: int = 0  # index into coin_positions: the first coin of the open block
     cached: int = 0  # leading tokens whose keys and values are remembered
+    previous: dict[int, Previous] = field(default_factory=dict)  # last draws of coins that are not final
     result: Sampled = field(default_factory=lambda: Sampled([]))
 
     @property
@@ -102,14 +68,46 @@ class _Row:
         return len(self.request.prompt_ids)
 
     def block(self, width: int | None) -> list[int]:
-        """Response positions of the coins of the open block; empty when the row is done."""
-        end = None if width is None else self.next_coin + width
-        return self.coin_positions[self.next_coin : end]
+        """Response positions of the coins of the open block; empty when the row is done.
+
+        It ends at the first coin that has no guess: what follows that coin cannot be fed yet.
+        """
+        end = len(self.coin_positions) if width is None else self.next_coin + width
+        coins = self.coin_positions[self.next_coin : end]
+        if coins and coins[-1] >= self.guess_end:
+            coins = [t for t in coins[:-1] if t < self.guess_end] + [next(t for t in coins if t >= self.guess_end)]
+        return coins
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one row feeds in a pass: absolute positions [begin, end), and the coins that they predict."""
+
+    row: Row
+    begin: int
+    end: int
+    coins: list[int]
+
+
+class Draws(Protocol):
+    """Where the loop's draws come from: a model, or a model of its costs."""
+
+    def open(self, rows: list[Row]) -> None: ...
+
+    def keep(self, positions: list[int]) -> None: ...
+
+    def __call__(self, feeds: list[Feed]) -> list[Draw]:
+        """One draw for each coin of each feed, in order. Feeds without coins belong to rows that are done."""
 
 
 @torch.no_grad()
 def sample_fixed_point(
-    model: CachedModel, requests: list[Request], sampling: Sampling, block: int | None, device: torch.device | str
+    model: CachedModel,
+    requests: list[Request],
+    sampling: Sampling,
+    block: int | None,
+    device: torch.device | str,
+    on_pass: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sampled], SamplerStats]:
     """Sample a batch of requests exactly.
 
@@ -119,113 +117,176 @@ def sample_fixed_point(
         sampling: filter settings shared by the batch.
         block: coins per block (W); None is the whole response at once.
         device: where tokens and noise live.
-
-    Every pass feeds, for each row, the tokens from the first that is not remembered up to the one before the block's
-    last coin, compares the draws with the guess, and makes everything up to the first change final.
+        on_pass: called after every pass.
     """
+    return iterate(_ModelDraws(model, sampling, device), requests, block, on_pass)
+
+
+def count_mismatches(
+    model: CachedModel, requests: list[Request], results: list[Sampled], sampling: Sampling, device: torch.device | str
+) -> SamplerStats:
+    """Draw every coin once more at the fixed point, in one pass: `verified` coins and `mismatches` among them.
+
+    In exact arithmetic there are none; in bfloat16 the rounding of a wide call is not that of a narrow one.
+    """
+    again = [
+        Request(request.prompt_ids, result.tokens, request.coins[: len(result.tokens)], request.key)
+        for request, result in zip(requests, results, strict=True)
+    ]
+    rows = [row for row in map(open_row, again) if row.coin_positions]
+    if not rows:
+        return SamplerStats()
+    draws = _ModelDraws(model, sampling, device)
+    draws.open(rows)
+    feeds = [Feed(row, 0, row.start + row.coin_positions[-1], row.coin_positions) for row in rows]
+    expected = [feed.row.tokens[feed.row.start + t] for feed in feeds for t in feed.coins]
+    drawn = draws(feeds)
+    wrong = sum(draw.token != token for draw, token in zip(drawn, expected, strict=True))
+    return SamplerStats(verified=len(drawn), mismatches=wrong)
+
+
+def iterate(
+    draws: Draws, requests: list[Request], block: int | None, on_pass: Callable[[], object] = lambda: None
+) -> tuple[list[Sampled], SamplerStats]:
+    """The loop. Every pass feeds, for each row, the tokens from the first that is not remembered up to the one before
+    the block's last coin, compares the draws with the guess, and makes everything up to the first change final."""
     stats = SamplerStats(response_tokens=sum(len(request.coins) for request in requests))
-    rows = [_open_row(request) for request in requests]
+    rows = [open_row(request) for request in requests]
     active = [row for row in rows if row.coin_positions]
+    batch = list(active)
     if active:
-        model.open([len(row.tokens) for row in active])
-        batch = list(active)
+        draws.open(batch)
     while active:
         if len(active) <= len(batch) // 2:  # compaction copies the cache: only when it halves
-            model.keep([position for position, row in enumerate(batch) if row in active])
+            still = {id(row) for row in active}
+            draws.keep([position for position, row in enumerate(batch) if id(row) in still])
             batch = list(active)
-        _one_pass(model, batch, {id(row) for row in active}, sampling, block, device, stats)
-        active = [row for row in active if row.block(block)]
+        feeds = [_feed(row, block) for row in batch]
+        drawn = iter(draws(feeds))
+        stats.calls += 1
+        stats.token_forwards += sum(feed.end - feed.begin for feed in feeds)
+        stats.fed_positions += len(feeds) * max(feed.end - feed.begin for feed in feeds)
+        for feed in feeds:
+            if feed.coins:
+                _advance(feed, [next(drawn) for _ in feed.coins], block, stats)
+        on_pass()
+        active = [row for row in active if row.next_coin < len(row.coin_positions)]
     for row in rows:
         row.result.tokens = row.tokens[row.start :]
     return [row.result for row in rows], stats
 
 
-def _open_row(request: Request) -> _Row:
+def open_row(request: Request) -> Row:
+    """A row at its beginning. Raises ValueError for an empty prompt or a guess of another length than the coins."""
     if not request.prompt_ids:
         raise ValueError("a request needs at least one prompt token: the first response token is predicted from it")
     if len(request.guess_ids) != len(request.coins):
         raise ValueError(f"guess has {len(request.guess_ids)} tokens, coins are {len(request.coins)}")
+    if request.corpora and not all(request.coins):
+        raise ValueError(
+            "look-ups would overwrite gold tokens: corpora are for requests whose every coin is the model's"
+        )
     coin_positions = [t for t, coin in enumerate(request.coins) if coin]
-    return _Row(request, [*request.prompt_ids, *request.guess_ids], coin_positions)
+    guess_end = len(request.guess_ids) if request.guess_length is None else request.guess_length
+    lookup = Lookup(request.corpora, request.prompt_ids) if request.corpora else None
+    return Row(request, [*request.prompt_ids, *request.guess_ids], coin_positions, guess_end, lookup)
 
 
-def _one_pass(
-    model: CachedModel,
-    batch: list[_Row],
-    active: set[int],
-    sampling: Sampling,
-    block: int | None,
-    device: torch.device | str,
-    stats: SamplerStats,
-) -> None:
-    """One parallel forward over the rows' open blocks, then each row advances to its first change."""
-    feeds = [_feed(row, block) if id(row) in active else (0, 0, []) for row in batch]
-    width = max(end - begin for begin, end, _ in feeds)
-    tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    positions = torch.full((len(batch), width), -1, dtype=torch.long)
-    wanted = torch.zeros(len(batch), width, dtype=torch.bool)
-    for i, (row, (begin, end, coins)) in enumerate(zip(batch, feeds, strict=True)):
-        tokens[i, : end - begin] = torch.tensor(row.tokens[begin:end], dtype=torch.long)
-        positions[i, : end - begin] = torch.arange(begin, end)
-        wanted[i, [row.start + t - 1 - begin for t in coins]] = True
-    logits_NV = model(tokens.to(device), positions.to(device), wanted.to(device))
-    keys = [row.request.key for row, (_, _, coins) in zip(batch, feeds, strict=True) for _ in coins]
-    drawn, tied = _draw(logits_NV, keys, [t for _, _, coins in feeds for t in coins], sampling)
-    stats.calls += 1
-    stats.token_forwards += sum(end - begin for begin, end, _ in feeds)
-    stats.sampled_tokens += len(drawn)
-    offset = 0
-    for row, (_, end, coins) in zip(batch, feeds, strict=True):
-        if coins:
-            span = slice(offset, offset + len(coins))
-            _advance(row, coins, drawn[span], tied[span], end, stats)
-            row.result.passes += 1
-            offset += len(coins)
-
-
-def _feed(row: _Row, block: int | None) -> tuple[int, int, list[int]]:
-    """Absolute range to feed and the coins it predicts: position t is predicted from the token before it."""
+def _feed(row: Row, block: int | None) -> Feed:
+    """Position t is predicted from the token before it, so the block's last coin itself is not fed."""
     coins = row.block(block)
-    return row.cached, row.start + coins[-1], coins
+    return Feed(row, row.cached, row.start + coins[-1], coins) if coins else Feed(row, 0, 0, [])
 
 
-def _draw(
-    logits_NV: torch.Tensor, keys: list[int], positions: list[int], sampling: Sampling
-) -> tuple[list[int], list[bool]]:
-    """The argmax of scores plus noise for each row of logits, and whether rounding may have decided it."""
-    device = logits_NV.device
-    keys_N = torch.tensor(keys, dtype=torch.long, device=device)
-    positions_N = torch.tensor(positions, dtype=torch.long, device=device)
-    drawn, tied = [], []
-    for begin in range(0, len(keys), _ROWS_AT_ONCE):
-        chunk = slice(begin, begin + _ROWS_AT_ONCE)
-        scores_NV = sampling.scores(logits_NV[chunk])
-        if not sampling.greedy:
-            scores_NV = scores_NV + gumbel(keys_N[chunk], positions_N[chunk], scores_NV.shape[-1])
-        best = scores_NV.topk(2, dim=-1)
-        drawn.append(best.indices[:, 0])
-        tied.append(best.values[:, 0] - best.values[:, 1] < TIE)
-    return torch.cat(drawn).tolist(), torch.cat(tied).tolist()
-
-
-def _advance(
-    row: _Row, coins: list[int], drawn: list[int], tied: list[bool], fed_end: int, stats: SamplerStats
-) -> None:
+def _advance(feed: Feed, drawn: list[Draw], block: int | None, stats: SamplerStats) -> None:
     """Write the draws into the guess; everything up to the first change is final, the rest is the next guess."""
-    changed = [i for i, t in enumerate(coins) if row.tokens[row.start + t] != drawn[i]]
-    for i in changed:
-        row.tokens[row.start + coins[i]] = drawn[i]
+    row, coins = feed.row, feed.coins
+    changed = [i for i, t in enumerate(coins) if row.tokens[row.start + t] != drawn[i].token]
     final = changed[0] + 1 if changed else len(coins)  # coins of this block that can no longer change
+    _count(row, coins, drawn, final, stats)
+    for i in changed:
+        row.tokens[row.start + coins[i]] = drawn[i].token
     # Keys and values stay right up to the first changed token, or up to the end of what was fed.
-    row.cached = row.start + coins[changed[0]] if changed else fed_end
+    row.cached = row.start + coins[changed[0]] if changed else feed.end
     row.next_coin += final
-    row.result.flips += len(changed)
-    stats.flips += len(changed)
-    stats.ties += sum(tied[:final])
-    row.result.ties += sum(tied[:final])
-    for t, token in zip(coins[:final], drawn[:final], strict=True):
-        if token in row.request.stop_ids:
+    first_open = coins[final - 1] + 1
+    for t, draw in zip(coins[:final], drawn[:final], strict=True):
+        if draw.token in row.request.stop_ids:
             del row.tokens[row.start + t + 1 :]
             row.coin_positions = []
             row.result.stopped = True
             return
+        if row.lookup is not None:
+            row.lookup.append(draw.token)
+    row.guess_end = max(row.guess_end, first_open)
+    if row.lookup is not None and (changed or row.guess_end == first_open) and block != 1:
+        _look_up(row, first_open, block)
+
+
+def _look_up(row: Row, first_open: int, block: int | None) -> None:
+    """Guess what follows the last final token from the texts that the sample may repeat."""
+    room = len(row.request.coins) - first_open
+    proposal = row.lookup.propose(room if block is None else min(room, block - 1))
+    if proposal:
+        row.tokens[row.start + first_open : row.start + first_open + len(proposal)] = proposal
+        row.guess_end = first_open + len(proposal)
+        row.previous.clear()  # these coins are guessed anew: their next draw is a first one
+
+
+def _count(row: Row, coins: list[int], drawn: list[Draw], final: int, stats: SamplerStats) -> None:
+    """Passes, first draws against the guess, redraws against the last draw."""
+    stats.row_passes += 1
+    row.result.passes += 1
+    stats.final_coins += final
+    stats.draws += len(drawn)
+    for t, draw in zip(coins, drawn, strict=True):
+        last = row.previous.pop(t, None)
+        if last is None:
+            stats.first_draws += 1
+            stats.misses += row.tokens[row.start + t] != draw.token
+        else:
+            stats.redraws += 1
+            stats.moved += draw.moved
+            stats.flips += last.token != draw.token
+            row.result.flips += last.token != draw.token
+    for t, draw in zip(coins[final:], drawn[final:], strict=True):
+        row.previous[t] = Previous(draw.token, draw.log_prob)
+    ties = sum(draw.tied for draw in drawn[:final])
+    stats.ties += ties
+    row.result.ties += ties
+
+
+@dataclass
+class _ModelDraws:
+    """Draws from a model's logits."""
+
+    model: CachedModel
+    sampling: Sampling
+    device: torch.device | str
+
+    def open(self, rows: list[Row]) -> None:
+        self.model.open([len(row.tokens) for row in rows])
+
+    def keep(self, positions: list[int]) -> None:
+        self.model.keep(positions)
+
+    def __call__(self, feeds: list[Feed]) -> list[Draw]:
+        width = max(feed.end - feed.begin for feed in feeds)
+        tokens = torch.zeros(len(feeds), width, dtype=torch.long)
+        positions = torch.full((len(feeds), width), -1, dtype=torch.long)
+        wanted = torch.zeros(len(feeds), width, dtype=torch.bool)
+        for i, feed in enumerate(feeds):
+            fed = feed.end - feed.begin
+            tokens[i, :fed] = torch.tensor(feed.row.tokens[feed.begin : feed.end], dtype=torch.long)
+            positions[i, :fed] = torch.arange(feed.begin, feed.end)
+            wanted[i, [feed.row.start + t - 1 - feed.begin for t in feed.coins]] = True
+        logits_NV = self.model(tokens.to(self.device), positions.to(self.device), wanted.to(self.device))
+        coins = [(feed.row, t, i > 0) for feed in feeds for i, t in enumerate(feed.coins)]
+        return draw_tokens(
+            logits_NV,
+            [row.request.key for row, _, _ in coins],
+            [t for _, t, _ in coins],
+            self.sampling,
+            tracked=[later for _, _, later in coins],  # a block's first coin is always final
+            previous=[row.previous.get(t) for row, t, _ in coins],
+        )
