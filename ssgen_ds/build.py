@@ -24,6 +24,7 @@ from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, reso
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.bss import context_sequence
 from ssgen_ds.selfgen.engine_sampler import EngineSampler, inference_mode
+from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.signals import StopFlag
 from ssgen_ds.trainer import Trainer
@@ -149,6 +150,7 @@ def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Tra
         plan=foundations.inputs.datasets.plan,
         eval_sequences=[context_sequence(example, None) for example in foundations.inputs.datasets.evaluation],
         generator=RoundGenerator(recipe, foundations.inputs.chat, foundations.inputs.vocab_size, sampler),
+        history=History(Path(recipe.output_dir), world),
         state=state,
         total_steps=foundations.total_steps,
         logbook=logbook,

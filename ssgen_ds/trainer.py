@@ -19,6 +19,7 @@ from ssgen_ds.errors import StopRequested
 from ssgen_ds.logbook import Logbook
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.engine_sampler import inference_mode
+from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, RoundStats, Slot
 from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
@@ -38,6 +39,7 @@ class Trainer:
     plan: StepPlan
     eval_sequences: list[Sequence]
     generator: RoundGenerator
+    history: History
     state: TrainState
     total_steps: int
     logbook: Logbook | None  # rank 0 only
@@ -91,7 +93,7 @@ class Trainer:
         if step > first and self.resumed_round is not None:
             flat_records = self.world.together(lambda: read_round(self.resumed_round))
         else:
-            flat_records, stats = self.generator.generate(flat, self._generating(step))
+            flat_records, stats = self.generator.generate(flat, self._generating(step), self._earlier(step, flat))
         if self.world.is_main and self.recipe.method.name != "sft":
             write_round(round_path(self.run_dir, self._round(step)), flat_records)
             describe_records(self.run_dir, self._round(step), flat, flat_records, self.generator.chat)
@@ -99,6 +101,12 @@ class Trainer:
         for record in flat_records:
             by_step[record.step].append(record)
         return slots, by_step, stats
+
+    def _earlier(self, step: int, slots: list[Slot]) -> dict[str, Generated]:
+        """The previous visits of the examples of a round, where they help."""
+        if not self.generator.uses_earlier:
+            return {}
+        return self.history.before(self._round(step), [slot.example.id for slot in slots])
 
     def _generating(self, step: int) -> Any:
         number = self._round(step)

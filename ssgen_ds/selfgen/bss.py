@@ -16,10 +16,17 @@ def draw_coins(num_tokens: int, mix_rate: float, key: int) -> list[bool]:
     return [*(u_T[:-1] < mix_rate).tolist(), False]
 
 
-def bss_request(example: Example, mix_rate: float, key: int) -> Request:
-    """The sampler's request for a mixed context. Gold is the guess; no stop ids: stops are banned in mid-context."""
-    coins = draw_coins(len(example.response_ids), mix_rate, key)
-    return Request(example.prompt_ids, example.response_ids, coins, key)
+def bss_request(example: Example, mix_rate: float, key: int, guess_ids: list[int] | None = None) -> Request:
+    """The sampler's request for a mixed context. No stop ids: stops are banned in mid-context.
+
+    The guess at the coins is gold, or `guess_ids` (an earlier mixed context of the example: gold where it had no coin).
+    """
+    gold_ids = example.response_ids
+    coins = draw_coins(len(gold_ids), mix_rate, key)
+    if guess_ids is None:
+        return Request(example.prompt_ids, gold_ids, coins, key)
+    at_coins = zip(coins, guess_ids, gold_ids, strict=True)
+    return Request(example.prompt_ids, [guess if coin else gold for coin, guess, gold in at_coins], coins, key)
 
 
 def context_sequence(example: Example, mixed_ids: list[int] | None) -> Sequence:

@@ -46,8 +46,10 @@ class Generated:
     mixed_ids: list[int] | None = None
     bss_passes: int = 0
     draft_ids: list[int] | None = None  # without the stop id
+    draft_stop_id: int | None = None  # that ended it; None: it ran out of tokens
     draft_kept: int | None = None  # tokens of the draft that the cut keeps
-    rewrite_ids: list[int] | None = None
+    rewrite_ids: list[int] | None = None  # without the stop id
+    rewrite_stop_id: int | None = None
     target_ids: list[int] | None = None  # of the correction; None: no correction example
     target_kind: str | None = None  # reference | rewrite
 
@@ -61,6 +63,22 @@ class RoundStats:
 
 
 @dataclass
+class _Work:
+    """One slot, what is generated for it, and what was when its example was last visited."""
+
+    slot: Slot
+    record: Generated
+    before: Generated | None
+
+    @classmethod
+    def of(cls, slot: Slot, before: Generated | None) -> _Work:
+        gold_ids = slot.example.response_ids
+        if before is not None and before.gold_ids != gold_ids:  # streamed ids may repeat: this is another example
+            before = None
+        return cls(slot, Generated(slot.step, slot.example.id, slot.visit, slot.mix_rate, gold_ids), before)
+
+
+@dataclass
 class RoundGenerator:
     """Generates rounds by the recipe's method. Every rank calls it with the same slots and gets the same records."""
 
@@ -69,23 +87,35 @@ class RoundGenerator:
     vocab_size: int
     sampler: EngineSampler
 
+    @property
+    def uses_earlier(self) -> bool:
+        """Whether earlier visits make generation cheaper: drafts always resemble theirs, contexts by common noise."""
+        return self._drafts or (self.recipe.method.uses_bss and self.recipe.selfgen.noise == "common")
+
+    @property
+    def _drafts(self) -> bool:
+        return self.recipe.method.uses_rac and self.recipe.method.rac.correction_weight > 0
+
     def generate(
-        self, slots: list[Slot], progress: PhaseProgress = lambda phase, done, total: None
+        self,
+        slots: list[Slot],
+        progress: PhaseProgress = lambda phase, done, total: None,
+        earlier: dict[str, Generated] | None = None,
     ) -> tuple[list[Generated], RoundStats]:
-        """One record for each slot, in order."""
+        """One record for each slot, in order.
+
+        `earlier` holds the previous visit of examples, by id. They are guesses: they change the cost, not the tokens.
+        """
         stats = RoundStats()
-        records = [
-            Generated(slot.step, slot.example.id, slot.visit, slot.mix_rate, slot.example.response_ids)
-            for slot in slots
-        ]
+        work = [_Work.of(slot, (earlier or {}).get(slot.example.id)) for slot in slots]
         method = self.recipe.method
         if method.uses_bss and any(slot.mix_rate > 0 for slot in slots):
-            self._mix(slots, records, stats, progress)
-        if method.uses_rac and method.rac.correction_weight > 0:
-            self._draft(slots, records, stats, progress)
+            self._mix(work, stats, progress)
+        if self._drafts:
+            self._draft(work, stats, progress)
             if method.rac.target == "rewrite":
-                self._rewrite(slots, records, stats, progress)
-        return records, stats
+                self._rewrite([item for item in work if item.record.draft_ids], stats, progress)
+        return [item.record for item in work], stats
 
     def _key(self, slot: Slot, stream: Stream) -> int:
         visit = slot.visit if self.recipe.selfgen.noise == "fresh" else 0
@@ -107,51 +137,73 @@ class RoundGenerator:
         stats.sampler.add(cost)
         return results
 
-    def _mix(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _mix(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
         block = None if self.recipe.selfgen.block == "all" else self.recipe.selfgen.block
         sampling = self._sampling(self.recipe.method.bss, keep=())
-        requests = [bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS)) for slot in slots]
+        requests = []
+        for item in work:
+            slot, before = item.slot, item.before
+            guess_ids = before.mixed_ids if before and self.recipe.selfgen.noise == "common" else None
+            requests.append(bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS), guess_ids))
         results = self._sample(requests, sampling, block, stats, "mixing", progress)
-        for record, request, result in zip(records, requests, results, strict=True):
+        for item, request, result in zip(work, requests, results, strict=True):
+            record = item.record
             record.coins, record.mixed_ids, record.bss_passes = request.coins, result.tokens, result.passes
 
-    def _draft(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _draft(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
         settings = self.recipe.method.rac
-        stop_ids = frozenset(self.chat.stop_ids)
-        requests = [
-            rac.free_request(
-                slot.example.prompt_ids, settings.max_draft_tokens, self._key(slot, Stream.DRAFT), stop_ids
+        requests = []
+        for item in work:
+            before = item.before
+            earlier_ids = rac.sampled_ids(before.draft_ids, before.draft_stop_id) if before else []
+            prompt_ids = item.slot.example.prompt_ids
+            requests.append(
+                self._free_request(item.slot, Stream.DRAFT, prompt_ids, settings.max_draft_tokens, earlier_ids)
             )
-            for slot in slots
-        ]
-        sampling = self._sampling(settings, keep=stop_ids)
+        sampling = self._sampling(settings, keep=self.chat.stop_ids)
         results = self._sample(requests, sampling, 1, stats, "drafting", progress)
-        for slot, record, result in zip(slots, records, results, strict=True):
-            record.draft_ids = rac.content_ids(result)
+        for item, result in zip(work, results, strict=True):
+            slot, record = item.slot, item.record
+            record.draft_ids, record.draft_stop_id = rac.content_ids(result), rac.stop_id(result)
             record.draft_kept = rac.kept_length(len(record.draft_ids), settings.cut, self._key(slot, Stream.CUT))
             if record.draft_ids:
                 record.target_ids, record.target_kind = record.gold_ids, "reference"
 
-    def _rewrite(self, slots: list[Slot], records: list[Generated], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _rewrite(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
         settings = self.recipe.method.rac
-        stop_ids = frozenset(self.chat.stop_ids)
-        chosen = [(slot, record) for slot, record in zip(slots, records, strict=True) if record.draft_ids]
         requests = []
-        for slot, record in chosen:
+        for item in work:
+            slot, before = item.slot, item.before
+            earlier_ids = rac.sampled_ids(before.rewrite_ids, before.rewrite_stop_id) if before else []
             cue_ids = self.chat.correction_ids(settings.rewrite_cue.replace("{reference}", slot.example.reference))
-            prompt_ids = slot.example.prompt_ids + record.draft_ids + cue_ids
+            prompt_ids = slot.example.prompt_ids + item.record.draft_ids + cue_ids
             budget = self.recipe.data.max_response_tokens
-            requests.append(rac.free_request(prompt_ids, budget, self._key(slot, Stream.REWRITE), stop_ids))
-        results = self._sample(requests, self._sampling(settings, keep=stop_ids), 1, stats, "rewriting", progress)
-        for (slot, record), result in zip(chosen, results, strict=True):
-            record.rewrite_ids = rac.content_ids(result)
-            gold = slot.example.reference
+            requests.append(self._free_request(slot, Stream.REWRITE, prompt_ids, budget, earlier_ids))
+        sampling = self._sampling(settings, keep=self.chat.stop_ids)
+        results = self._sample(requests, sampling, 1, stats, "rewriting", progress)
+        for item, result in zip(work, results, strict=True):
+            record, gold = item.record, item.slot.example.reference
+            record.rewrite_ids, record.rewrite_stop_id = rac.content_ids(result), rac.stop_id(result)
             draft_score = score(settings.metric, self.chat.decode(record.draft_ids), gold)
             rewrite_score = score(settings.metric, self.chat.decode(record.rewrite_ids), gold)
             # A rewrite that ran out of tokens has no end to learn from.
             if result.stopped and rac.accept_rewrite(rewrite_score, draft_score):
                 record.target_ids = [*record.rewrite_ids, self.chat.turn_end_id]
                 record.target_kind = "rewrite"
+
+    def _free_request(
+        self, slot: Slot, stream: Stream, prompt_ids: list[int], max_tokens: int, earlier_ids: list[int]
+    ) -> Request:
+        """A draft or a rewrite; `earlier_ids` is that of the previous visit, [] when there was none."""
+        same_noise = self.recipe.selfgen.noise == "common" or self.recipe.method.rac.temperature == 0
+        return rac.free_request(
+            prompt_ids,
+            max_tokens,
+            self._key(slot, stream),
+            frozenset(self.chat.stop_ids),
+            guess_ids=earlier_ids if same_noise else [],
+            corpora=(earlier_ids, slot.example.response_ids) if earlier_ids else (slot.example.response_ids,),
+        )
 
     def _sampling(self, settings: SamplingConfig, keep: frozenset[int] | tuple[int, ...]) -> Sampling:
         banned = tuple(self.chat.banned_ids(self.vocab_size, keep=keep))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssgen_ds.selfgen.rounds import Generated
@@ -23,8 +24,10 @@ SCHEMA = pa.schema(
         ("mixed_ids", _TOKENS),
         ("bss_passes", pa.int32()),
         ("draft_ids", _TOKENS),
+        ("draft_stop_id", pa.int32()),
         ("draft_kept", pa.int32()),
         ("rewrite_ids", _TOKENS),
+        ("rewrite_stop_id", pa.int32()),
         ("target_ids", _TOKENS),
         ("target_kind", pa.string()),
     ]
@@ -44,6 +47,12 @@ def write_round(path: Path, records: list[Generated]) -> None:
     os.replace(partial, path)
 
 
-def read_round(path: Path) -> list[Generated]:
-    """The records of a round, in the order of their slots."""
-    return [Generated(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+def read_round(path: Path, example_ids: list[str] | None = None) -> list[Generated]:
+    """The records of a round, in the order of their slots; of these examples only, when given."""
+    chosen = None if example_ids is None else pc.field("example_id").isin(pa.array(example_ids, pa.string()))
+    return [Generated(**row) for row in pq.read_table(path, schema=SCHEMA, filters=chosen).to_pylist()]
+
+
+def read_example_ids(path: Path) -> list[str]:
+    """The examples of a round, in the order of their slots; no tokens are read."""
+    return pq.read_table(path, columns=["example_id"]).column("example_id").to_pylist()

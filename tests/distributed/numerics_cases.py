@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,53 @@ def resume_case(adapter: str, stage: int, method: str, **more: Any) -> Case:
             "same_metrics": metrics_of(one) == metrics_of(two),
             "checkpoints": sorted(path.name for path in (two / "checkpoints").iterdir()),
         }
+
+    return case
+
+
+def earlier_visits_case(stage: int) -> Case:
+    """Weights that stand still and common noise: what was generated in epoch 1 is the right guess in epoch 2.
+
+    Three runs of two epochs: in one go, stopped after every step, and that with the rounds' files removed each time.
+    """
+
+    def case(world: World, folder: Path) -> dict[str, Any]:
+        runs = {}
+        for name in ("whole", "cut", "bare"):
+            recipe = fresh(
+                folder,
+                f"visits-{stage}-{name}",
+                world,
+                method__name="bss+rac",
+                method__rac__target="rewrite",
+                method__rac__rewrite_cue="Gold: {reference}",
+                data__max_response_tokens=16,
+                deepspeed=f"ds_configs/zero{stage}.json",
+                selfgen__noise="common",
+                selfgen__refresh_every=1,
+                train__lr=1e-30,
+                train__global_batch=13,
+                train__max_steps=None,
+                train__epochs=2,
+            )
+            generated: list[dict[str, Any]] = []
+            for _ in range(1 if name == "whole" else 4):
+                stop = StopFlag()
+                stop.is_set = name != "whole"
+                with suppress(StopRequested):
+                    fit_and_export(recipe, world, stop)
+                if name == "bare" or len(tokens_of(Path(recipe.output_dir))) == 4:
+                    groups = tokens_of(Path(recipe.output_dir))
+                    generated += [asdict(item) for group in groups for item in group]
+                world.barrier()
+                if name == "bare" and world.is_main:
+                    for file in (Path(recipe.output_dir) / "selfgen").glob("*.parquet"):
+                        file.unlink()
+                world.barrier()
+            rows = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+            costs = [{key: row[key] for key in ("selfgen_passes", *ROUND_COSTS)} for row in rows]
+            runs[name] = {"generated": generated, "costs": costs}
+        return runs
 
     return case
 
@@ -466,6 +514,7 @@ CASES: dict[str, Case] = {
     "resume-streaming": resume_case(
         "none", 2, "bss", data__streaming=True, data__eval_fraction=0.0, eval__every=None, selfgen__noise="common"
     ),
+    **{f"visits-{stage}": earlier_visits_case(stage) for stage in (0, 3)},
     "mixture": mixture_case,
     "rewrite-3": rewrite_case(3),
     "sft-bss": same_as_sft_case(method__name="bss", method__bss__mix_rate=0.0),

@@ -46,6 +46,24 @@ def test_interrupted_equals_uninterrupted(results, case):
     assert result["checkpoints"] == ["step-00000004", "step-00000005"]  # keep: 2
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_earlier_visits_make_generation_cheaper_and_change_nothing_else(results, stage):
+    """Nothing is trained (a vanishing rate), so in epoch 2 each guess is right: one pass; the same after restarts."""
+    runs = results[f"visits-{stage}"]
+    tokens = {name: [{**item, "bss_passes": None} for item in run["generated"]] for name, run in runs.items()}
+    assert tokens["whole"] == tokens["cut"] == tokens["bare"]
+    assert runs["whole"] == runs["cut"]
+    costs = runs["whole"]["costs"]
+    assert len(costs) == 4
+    second = [item["bss_passes"] for item in runs["whole"]["generated"] if item["visit"] == 1 and any(item["coins"])]
+    assert second
+    assert set(second) == {1}
+    assert max(item["bss_passes"] for item in runs["bare"]["generated"] if item["visit"] == 1) > 1
+    calls = [cost["selfgen_calls"] for cost in costs]
+    assert sum(calls[2:]) < sum(calls[:2])
+    assert sum(calls[2:]) < sum(cost["selfgen_calls"] for cost in runs["bare"]["costs"][2:])
+
+
 @pytest.mark.parametrize("method", ["bss", "rac"])
 def test_a_method_at_rate_zero_is_sft_bit_for_bit(results, method):
     assert results[f"sft-{method}"] is True

@@ -48,12 +48,15 @@ def text_of(chat: ChatFormat, ids: list[int]) -> str:
     return chat.decode(ids).replace("<unk>", "\n")  # the tiny vocabulary has no line break
 
 
-def make(script: list[list[str]], **rac_settings) -> tuple[RoundGenerator, list[Slot], ScriptedSampler]:
+def make(
+    script: list[list[str]], noise: str = "fresh", **rac_settings
+) -> tuple[RoundGenerator, list[Slot], ScriptedSampler]:
     recipe = parse_recipe(
         {
             "model": {"path": "m"},
             "data": {"train": "d"},
             "method": {"name": "rac", "rac": {"correction_cue": "Fix", "metric": "f1", **rac_settings}},
+            "selfgen": {"noise": noise},
             "train": {"max_steps": 1},
             "output_dir": "r",
         }
@@ -159,7 +162,21 @@ def test_mixed_context_reads_mixed_and_predicts_gold():
 def test_rounds_survive_the_disk(tmp_path):
     records = [
         Generated(
-            4, "a", 1, 0.25, [1, 2, 3], [True, False, False], [9, 2, 3], 2, [7, 8], 1, None, [1, 2, 3], "reference"
+            4,
+            "a",
+            1,
+            0.25,
+            [1, 2, 3],
+            [True, False, False],
+            [9, 2, 3],
+            2,
+            [7, 8],
+            2,
+            1,
+            [6],
+            None,
+            [1, 2, 3],
+            "reference",
         ),
         Generated(5, "b", 0, 0.0, [4]),
         Generated(5, "c", 0, 0.1, [4], draft_ids=[], draft_kept=0),
@@ -176,3 +193,65 @@ def test_runs_of_gold_and_sampled_text():
     coins = [False, False, True, True, False, False, False]
     record = Generated(0, "a", 0, 0.5, gold, coins, gold)
     assert mixed_runs(record, generator.chat) == [("re", False), ("d ", True), ("cat", False)]
+
+
+# -- guesses -----------------------------------------------------------------------------------------------------------
+
+
+def guess_of(request: Request) -> list[int]:
+    return request.guess_ids[: request.guess_length]
+
+
+@pytest.mark.parametrize(
+    ("noise", "temperature", "same_noise"), [("fresh", 1.0, False), ("common", 1.0, True), ("fresh", 0.0, True)]
+)
+def test_drafts_and_rewrites_guess_what_was_generated_before(noise, temperature, same_noise):
+    """Position by position where the noise is the same, stop id included; as a corpus ahead of the reference always."""
+    script = [["red cow", "blue…"], ["red dog", "blue dog"]]
+    generator, slots, sampler = make(script + script, noise=noise, temperature=temperature, target="rewrite")
+    first, _ = generator.generate(slots)
+    chat = generator.chat
+    assert [guess_of(request) for asked in sampler.asked for request in asked] == [[]] * 4
+    assert [request.corpora for request in sampler.asked[0]] == [(slot.example.response_ids,) for slot in slots]
+    generator.generate(slots, earlier={record.example_id: record for record in first})
+    texts = [*script[0], *script[1]]
+    whole = [ids_of(chat, text.removesuffix("…")) + [chat.turn_end_id] * (not text.endswith("…")) for text in texts]
+    again = [*sampler.asked[2], *sampler.asked[3]]
+    assert [guess_of(request) for request in again] == (whole if same_noise else [[]] * 4)
+    golds = [slot.example.response_ids for slot in slots] * 2
+    assert [request.corpora for request in again] == list(zip(whole, golds, strict=True))
+    for one, two in zip(sampler.asked[0], sampler.asked[2], strict=True):
+        assert (one.prompt_ids, one.coins, one.key, one.stop_ids) == (two.prompt_ids, two.coins, two.key, two.stop_ids)
+
+
+def test_a_guess_longer_than_the_budget_is_cut():
+    request = rac.free_request([1], 2, 5, frozenset(), guess_ids=[7, 8, 9])
+    assert (request.guess_ids, request.guess_length) == ([7, 8], 2)
+    request = rac.free_request([1], 3, 5, frozenset(), guess_ids=[7])
+    assert (request.guess_ids, request.guess_length) == ([7, 0, 0], 1)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "common"])
+def test_contexts_guess_the_visit_before_where_both_have_a_coin(noise):
+    generator, slots, sampler = make([["x"], ["x"]], noise=noise)
+    generator.recipe.method.name = "bss"
+    slot = Slot(0, slots[0].example, 1, mix_rate=0.6)
+    gold = slot.example.response_ids
+    mixed = [token + 1 for token in gold]  # before, every position had a coin
+    before = Generated(0, "id-0", 0, 0.3, gold, mixed_ids=mixed)
+    generator.generate([slot], earlier={"id-0": before})
+    (request,) = sampler.asked[0]
+    coins = draw_coins(len(gold), 0.6, generator._key(slot, Stream.BSS))
+    assert request.coins == coins
+    assert {True, False} == set(coins[:-1])
+    expected = [m if coin else g for m, g, coin in zip(mixed, gold, coins, strict=True)]
+    assert request.guess_ids == (expected if noise == "common" else gold)
+    assert generator.uses_earlier == (noise == "common")
+
+
+def test_another_example_of_the_same_id_is_no_guess():
+    generator, slots, sampler = make([["red", "blue"]], noise="common")
+    other = Generated(0, "id-0", 0, 0.0, [*slots[0].example.response_ids, 5], draft_ids=[9], draft_stop_id=2)
+    generator.generate(slots, earlier={"id-0": other})
+    assert sampler.asked[0][0].corpora == (slots[0].example.response_ids,)
+    assert guess_of(sampler.asked[0][0]) == []
