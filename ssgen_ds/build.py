@@ -22,10 +22,12 @@ from ssgen_ds.modeling.cached import check_cache
 from ssgen_ds.modeling.convert import cache_root
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.progress import Progress
+from ssgen_ds.selfgen.block import BlockChooser
 from ssgen_ds.selfgen.bss import context_sequence
-from ssgen_ds.selfgen.engine_sampler import EngineSampler, inference_mode
+from ssgen_ds.selfgen.engine_sampler import inference_mode
 from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
+from ssgen_ds.selfgen.strategy import build_sampler
 from ssgen_ds.signals import StopFlag
 from ssgen_ds.trainer import Trainer
 
@@ -142,21 +144,26 @@ def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Tra
     if path is not None:
         checkpoint.load_engine(engine, path, adapter_only=recipe.adapter.kind != "none")
     logbook = world.together(lambda: _open_logbook(foundations, state.step, stage, world) if world.is_main else None)
-    sampler = EngineSampler(engine.module, world, sharded=stage == 3, batch=recipe.selfgen.batch)
+    progress = Progress(
+        foundations.total_steps, world.is_main, state.step + 1, steps_per_round=recipe.selfgen.refresh_every
+    )
+    inputs, run_dir = foundations.inputs, Path(recipe.output_dir)
+    sampler = build_sampler(engine, recipe, world, progress.message)
+    blocks = BlockChooser(
+        recipe.selfgen.block, sampler, inputs.vocab_size, progress.message, run_dir / "selfgen" / "call_cost.json"
+    )
     return Trainer(
         recipe=recipe,
         world=world,
         engine=engine,
-        plan=foundations.inputs.datasets.plan,
-        eval_sequences=[context_sequence(example, None) for example in foundations.inputs.datasets.evaluation],
-        generator=RoundGenerator(recipe, foundations.inputs.chat, foundations.inputs.vocab_size, sampler),
-        history=History(Path(recipe.output_dir), world),
+        plan=inputs.datasets.plan,
+        eval_sequences=[context_sequence(example, None) for example in inputs.datasets.evaluation],
+        generator=RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks),
+        history=History(run_dir, world),
         state=state,
         total_steps=foundations.total_steps,
         logbook=logbook,
-        progress=Progress(
-            foundations.total_steps, world.is_main, state.step + 1, steps_per_round=recipe.selfgen.refresh_every
-        ),
+        progress=progress,
         stop=stop,
         resumed_round=None if path is None or recipe.method.name == "sft" else path / "round.parquet",
     )

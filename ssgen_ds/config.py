@@ -18,10 +18,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-def _block_size(value: int | str) -> int | str:
-    if value != "all" and not (isinstance(value, int) and value >= 1):
-        raise ValueError("must be 'all' or a whole number from 1 on")
-    return value
+def _number_or(*words: str) -> AfterValidator:
+    """A whole number from 1 on, or one of a few words."""
+
+    def check(value: int | str) -> int | str:
+        if value not in words and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"must be {' or '.join(repr(word) for word in words)} or a whole number from 1 on")
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -140,9 +145,11 @@ class TrainConfig(Section):
 class SelfgenConfig(Section):
     refresh_every: Positive = 8  # optimizer steps per round
     noise: Literal["fresh", "common"] = "fresh"
-    # BSS block size, counted in coins; drafts decode token by token.
-    block: Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_block_size)] = "all"
-    batch: Positive = 8  # sequences generated together on one rank
+    strategy: Literal["auto", "sharded", "gathered"] = "auto"  # ZeRO-3: gather each layer at each call, or all at once
+    # Coins tried in one pass (W); auto measures the model's calls and chooses for every round.
+    block: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto", "all")] = "auto"
+    # Sequences generated together on one rank; auto: as many as the memory for their keys and values allows.
+    batch: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto")] = "auto"
 
 
 class EvalConfig(Section):
@@ -183,7 +190,7 @@ REQUIRED: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": ["-"]}, "t
 # not what is trained.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log.", "checkpoint.", "eval.", "train.micro_batch",
-    "model.gradient_checkpointing", "selfgen.batch",
+    "model.gradient_checkpointing", "selfgen.batch", "selfgen.strategy", "selfgen.block",
 )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from ssgen_ds.config import DataConfig, RacConfig, SourceConfig
 from ssgen_ds.data.paths import resolve_path
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.errors import UserError
-from ssgen_ds.selfgen.engine_sampler import EngineSampler
+from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request
 from ssgen_ds.selfgen.noise import Stream, sequence_key
 from ssgen_ds.selfgen.rac import content_ids, free_request
+from ssgen_ds.selfgen.requests import Request
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def generate(settings: GenerateSettings) -> None:
         cue = (reference.recipe.method.rac if reference.recipe else RacConfig()).correction_cue
         world.together(lambda: _check_lengths(settings, chat, examples, cue, config.get_text_config()))
         model = world.together(lambda: load_reference(reference, world.device))
-        sampler = EngineSampler(model, world, sharded=False, batch=settings.batch)
+        sampler = EngineSampler(model, world, BatchLimit(settings.batch))
         rows = answer(settings, sampler, chat, examples, cue, config.get_text_config().vocab_size)
         world.together(lambda: _write(settings.out, rows) if world.is_main else None)
         if world.is_main:

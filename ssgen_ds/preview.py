@@ -27,7 +27,8 @@ def preview(recipe: Recipe, number: int) -> None:
     from ssgen_ds.build import prepare_inputs
     from ssgen_ds.distributed import process_group
     from ssgen_ds.modeling.load import load_model
-    from ssgen_ds.selfgen.engine_sampler import EngineSampler
+    from ssgen_ds.selfgen.block import BlockChooser
+    from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
 
     with process_group() as world:
         inputs = prepare_inputs(recipe, world)
@@ -36,8 +37,10 @@ def preview(recipe: Recipe, number: int) -> None:
         model = None
         if recipe.method.name != "sft":
             model = world.together(lambda: load_model(recipe.model, recipe.adapter, {}, device=world.device))
-        sampler = EngineSampler(model, world, sharded=False, batch=recipe.selfgen.batch)
-        generator = RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler)
+        sampler = EngineSampler(model, world, BatchLimit(rows=8))
+        generator = RoundGenerator(
+            recipe, inputs.chat, inputs.vocab_size, sampler, BlockChooser(1, sampler, inputs.vocab_size)
+        )
         records, _ = generator.generate(slots)
         printer = Printer(Console(quiet=not world.is_main, highlight=False), inputs.chat)
         printer.legend(recipe.method.uses_bss)

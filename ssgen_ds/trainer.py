@@ -175,7 +175,7 @@ class Trainer:
             "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
         } | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
 
-    def _round_row(self, stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, float]:
+    def _round_row(self, stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, Any]:
         """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
         passes = [record.bss_passes for group in records.values() for record in group if record.bss_passes]
         return {
@@ -183,8 +183,16 @@ class Trainer:
             "selfgen_seconds": stats.seconds,
             "selfgen_calls": stats.sampler.calls,
             "selfgen_token_forwards": stats.sampler.token_forwards,
+            "selfgen_draws": stats.sampler.draws,
+            "selfgen_accepted_length": stats.sampler.accepted_length,
+            "selfgen_guess_hits": stats.sampler.first_draws - stats.sampler.misses,
             "selfgen_flips": stats.sampler.flips,
+            "selfgen_flip_rate": stats.sampler.flip_rate,
+            "selfgen_flip_bound": stats.sampler.flip_bound,
             "selfgen_ties": stats.sampler.ties,
+            "selfgen_mismatches": stats.sampler.mismatches,
+            "selfgen_strategy": stats.strategy,
+            "selfgen_block": stats.block,
         }
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -3,31 +3,47 @@
 Rows of a batch differ in length and advance by different amounts. Writing every key at the slot of its position keeps
 all rows free of holes: a row's numbers do not depend on its neighbours, sliding windows count real tokens, and
 forgetting the tail of a row is a matter of the mask alone.
+
+Nothing is padded but the queries of the attention itself: the model sees the batch's N fed tokens as one row, and only
+around its attention function are they laid out as [B, Q]. Rows settle at different passes, so that a padded batch
+would be twice to three times as many tokens (measured on SmolLM2, 8 rows, mix rates of .1 and .25).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.project import project_only
 
+_PACKED = "ssgen_packed"  # name of the attention function while a call runs
+
 
 class _Slots:
-    """Where the current call writes and how far it reads; shared by all layers."""
+    """Where the N tokens of the current call lie and how far it reads; shared by all layers."""
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.slots_BQ = torch.empty(0, 0, dtype=torch.long)
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
+        self.width = 0  # of the padded queries
         self.kv_length = 0
+        self.rows_N = self.columns_N = self.slots_N = torch.empty(0, dtype=torch.long)
+
+    def place(self, positions_BQ: torch.Tensor) -> None:
+        """Positions of a call; -1 is padding."""
+        self.width, self.kv_length = positions_BQ.shape[1], int(positions_BQ.max()) + 1
+        self.rows_N, self.columns_N = (positions_BQ >= 0).nonzero(as_tuple=True)
+        self.slots_N = positions_BQ[self.rows_N, self.columns_N]
 
 
 class _PositionLayer(CacheLayerMixin):
-    """Keys and values [B, heads, capacity + 1, head_dim]; the last slot swallows what padding writes."""
+    """Keys and values [B, heads, capacity, head_dim] in the model's dtype."""
 
     def __init__(self, slots: _Slots):
         super().__init__()
@@ -35,7 +51,7 @@ class _PositionLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def buffer(like: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(like.shape[0], like.shape[1], self.slots.capacity + 1, like.shape[3])
+            return like.new_zeros(self.slots.rows, like.shape[1], self.slots.capacity, like.shape[3])
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
         self.is_initialized = True
@@ -45,9 +61,9 @@ class _PositionLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows_B1 = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-        self.keys[rows_B1, :, self.slots.slots_BQ] = key_states.transpose(1, 2)
-        self.values[rows_B1, :, self.slots.slots_BQ] = value_states.transpose(1, 2)
+        rows_N, slots_N = self.slots.rows_N, self.slots.slots_N
+        self.keys[rows_N, :, slots_N] = key_states[0].transpose(0, 1)
+        self.values[rows_N, :, slots_N] = value_states[0].transpose(0, 1)
         return self.keys[:, :, : self.slots.kv_length], self.values[:, :, : self.slots.kv_length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -78,27 +94,60 @@ class CachedCausalLM:
         self.before_call = before_call
 
     def open(self, capacities: list[int]) -> None:
-        self._slots = _Slots(max(capacities))
+        self._slots = _Slots(len(capacities), max(capacities))
         self._layers = [_PositionLayer(self._slots) for _ in range(self.config.num_hidden_layers)]
         self._cache = Cache(layers=self._layers)
 
     def keep(self, rows: list[int]) -> None:
+        self._slots.rows = len(rows)
         for layer in self._layers:
             layer.keep(torch.tensor(rows, device=self.model.device))
 
     def __call__(self, tokens_BQ: torch.Tensor, positions_BQ: torch.Tensor, wanted_BQ: torch.Tensor) -> torch.Tensor:
         self.before_call()
-        self._slots.slots_BQ = torch.where(positions_BQ >= 0, positions_BQ, self._slots.capacity)
-        self._slots.kv_length = int(positions_BQ.max()) + 1
-        with project_only(self.model, wanted_BQ):
+        self._slots.place(positions_BQ)
+        fed_BQ = positions_BQ >= 0
+        mask = self._mask(positions_BQ)
+        with self._packed_attention(), project_only(self.model, wanted_BQ[fed_BQ][None]):
             output = self.model(
-                input_ids=tokens_BQ,
-                attention_mask=self._mask(positions_BQ),
-                position_ids=positions_BQ.clamp(min=0),
+                input_ids=tokens_BQ[fed_BQ][None],
+                attention_mask=mask,
+                position_ids=positions_BQ[fed_BQ][None],
                 past_key_values=self._cache,
                 use_cache=True,
             )
         return output.logits[0]
+
+    @contextmanager
+    def _packed_attention(self) -> Iterator[None]:
+        """Inside, the model's attention function gets its queries as [B, Q] rows, and gives back N of them."""
+        implementation, slots = self.config._attn_implementation, self._slots
+
+        def attend(
+            module: torch.nn.Module,
+            query_1HND: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, None]:
+            if implementation == "eager":  # every family has its own, next to its layers
+                function = sys.modules[type(module).__module__].eager_attention_forward
+            else:
+                function = ALL_ATTENTION_FUNCTIONS[implementation]
+            _, heads, _, size = query_1HND.shape
+            query_BHQD = query_1HND.new_zeros(slots.rows, heads, slots.width, size)
+            query_BHQD[slots.rows_N, :, slots.columns_N] = query_1HND[0].transpose(0, 1)
+            output_BQHD, _ = function(module, query_BHQD, key, value, attention_mask, **kwargs)
+            return output_BQHD[slots.rows_N, slots.columns_N][None], None
+
+        ALL_ATTENTION_FUNCTIONS[_PACKED] = attend
+        self.config._attn_implementation = _PACKED
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = implementation
+            del ALL_ATTENTION_FUNCTIONS[_PACKED]
 
     def _mask(self, positions_BQ: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Causal by absolute position; one mask for each kind of layer where the model mixes them."""
@@ -139,14 +188,18 @@ def check_cache(model: torch.nn.Module) -> None:
     expected = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in tokens_BL])
     cached = CachedCausalLM(model)
     cached.open([12, 12])
-    pieces = []
+    pieces: list[float] = []
     for begins, ends in (((0, 0), (4, 7)), ((4, 7), (12, 9)), ((9, 9), (12, 12))):  # row 0 goes back from 12 to 9
         width = max(end - begin for begin, end in zip(begins, ends, strict=True))
         tokens, positions = tokens_BL.new_zeros(2, width), positions_BL.new_full((2, width), -1)
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             tokens[row, : end - begin] = tokens_BL[row, begin:end]
             positions[row, : end - begin] = positions_BL[row, begin:end]
-        logits = cached(tokens, positions, positions >= 0).float()
+        try:
+            logits = cached(tokens, positions, positions >= 0).float()
+        except (RuntimeError, IndexError, TypeError, ValueError):  # an attention of its own, which ours did not reach
+            pieces.append(float("inf"))
+            break
         wanted = torch.cat([expected[row, begins[row] : ends[row]] for row in range(2)]).float()
         pieces.append(((logits - wanted).norm() / wanted.norm()).item())
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ssgen_ds.data.tokenize import Example
-from ssgen_ds.selfgen.fixed_point import Request
 from ssgen_ds.selfgen.noise import uniform
+from ssgen_ds.selfgen.requests import Request
 from ssgen_ds.window import IGNORE, Sequence
 
 

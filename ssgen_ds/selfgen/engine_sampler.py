@@ -1,8 +1,8 @@
 """The sampler on a (possibly sharded) model on many ranks: deal requests out, sample, put results together.
 
-Under ZeRO-3 every forward is a collective, and ranks need different numbers of them. A rank announces each call before
-it makes it; one that has run out of work keeps answering with a dummy forward until nobody announces any more. So the
-number of forwards is the same everywhere, whatever the passes, the stop ids or the batches are.
+With `sharded` parameters every forward is a collective, and ranks need different numbers of them. A rank announces each
+call before it makes it; one that has run out of work keeps taking part until nobody announces any more. So the number
+of forwards is the same everywhere, whatever the passes, the stop ids or the batches are.
 """
 
 from __future__ import annotations
@@ -10,16 +10,46 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ssgen_ds.distributed import World
 from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.modeling.shards import Shards
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request, Sampled, SamplerStats, sample_fixed_point
+from ssgen_ds.selfgen.fixed_point import count_mismatches, sample_fixed_point
+from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
 
 Progress = Callable[[int, int], None]
+SHARDED, GATHERED, LOCAL = "sharded", "gathered", "local"
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """How many sequences are sampled together on one rank."""
+
+    rows: int
+    cache_bytes: float = float("inf")  # for keys and values
+    bytes_per_token: int = 0  # of keys and values, over all layers
+
+    def batches(self, requests: list[Request], world_size: int) -> list[list[int]]:
+        """Indices of requests in batches of similar length, longest first, so that the ranks finish together.
+
+        No rank gets more than its share in one batch while another has nothing to do.
+        """
+        lengths = [len(request.prompt_ids) + len(request.coins) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
+        rows = max(1, min(self.rows, -(-len(requests) // world_size)))
+        batches: list[list[int]] = []
+        for i in order:
+            longest = lengths[batches[-1][0]] if batches else 0
+            fits = batches and (len(batches[-1]) + 1) * longest * self.bytes_per_token <= self.cache_bytes
+            if fits and len(batches[-1]) < rows:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
 
 
 @dataclass
@@ -29,33 +59,74 @@ class EngineSampler:
     Args:
         module: the causal LM, `engine.module` while training.
         world: the ranks.
-        sharded: whether a forward is a collective (ZeRO-3).
-        batch: sequences sampled together on one rank.
+        strategy: `local` (every rank has whole parameters), or under ZeRO-3 `sharded` or `gathered`.
+        shards: the partitioned parameters; needed unless the strategy is `local`.
+        limit: size of the batches.
     """
 
     module: torch.nn.Module
     world: World
-    sharded: bool
-    batch: int
+    limit: BatchLimit
+    strategy: str = LOCAL
+    shards: Shards | None = None
+    _before_call: Callable[[], object] | None = field(default=None, init=False)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Eval mode, and the parameters as the strategy wants them; all ranks enter and leave together.
+
+        `sample` enters by itself; who samples several times in a row enters first, so that parameters are gathered
+        once.
+        """
+        if self._before_call is not None:
+            yield
+            return
+        with torch.no_grad(), inference_mode(self.module), self._parameters() as before_call:
+            self._before_call = before_call
+            try:
+                yield
+            finally:
+                self._before_call = None
+
+    @contextmanager
+    def _parameters(self) -> Iterator[Callable[[], object]]:
+        """Yields what must run before each forward."""
+        if self.strategy == LOCAL:
+            yield lambda: None
+        elif self.strategy == GATHERED:
+            with self.shards.gathered():
+                yield lambda: None
+        else:
+            with self.shards.sharded():
+                yield lambda: self.world.any(True)
+
+    def model(self) -> CachedCausalLM:
+        """The module as the sampler's model; only while `ready`."""
+        return CachedCausalLM(self.module, self._before_call)
 
     def sample(
         self, requests: list[Request], sampling: Sampling, block: int | None, progress: Progress = lambda done, n: None
     ) -> tuple[list[Sampled], SamplerStats, float]:
-        """Results in the order of the requests, costs summed over the ranks, and the seconds it took."""
+        """Results in the order of the requests, costs summed over the ranks, and the seconds it took.
+
+        In lower precision than float32 one batch a rank is drawn once more at the end, and what differs is counted.
+        """
         start = time.perf_counter()
-        batches = _batches(requests, self.batch)
+        batches = self.limit.batches(requests, self.world.size)
         mine: dict[int, Sampled] = {}
         stats = SamplerStats()
-        with torch.no_grad(), inference_mode(self.module), self._lockstep() as before_call:
-            model = CachedCausalLM(self.module, before_call)
+        with self.ready():
+            model = self.model()
             for number, indices in enumerate(batches):
                 if number % self.world.size == self.world.rank:
-                    results, cost = sample_fixed_point(
-                        model, [requests[i] for i in indices], sampling, block, self.world.device
-                    )
-                    mine.update(zip(indices, results, strict=True))
+                    batch = [requests[i] for i in indices]
+                    results, cost = sample_fixed_point(model, batch, sampling, block, self.world.device)
                     stats.add(cost)
+                    if number < self.world.size and self.module.dtype != torch.float32:
+                        stats.add(count_mismatches(model, batch, results, sampling, self.world.device))
+                    mine.update(zip(indices, results, strict=True))
                 progress(sum(map(len, batches[: number + 1])), len(requests))
+            self.finish()
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
         for results, cost in self.world.gather((mine, stats)):
@@ -63,22 +134,11 @@ class EngineSampler:
             total.add(cost)
         return [results_by_index[i] for i in range(len(requests))], total, time.perf_counter() - start
 
-    @contextmanager
-    def _lockstep(self) -> Iterator[Callable[[], object]]:
-        """Yields what must run before each forward; on leaving, answers the calls of the ranks still at work."""
-        if not self.sharded or self.world.size == 1:
-            yield lambda: None
-            return
-        yield lambda: self.world.any(True)
-        while self.world.any(False):
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.world.device)
-            self.module(input_ids=token, use_cache=False)
-
-
-def _batches(requests: list[Request], size: int) -> list[list[int]]:
-    """Indices of requests in batches of similar length, longest first: the ranks finish together."""
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - len(requests[i].coins))
-    return [order[begin : begin + size] for begin in range(0, len(order), size)]
+    def finish(self) -> None:
+        """Answer the calls of the ranks that are still at work. All ranks call it when their own work is done."""
+        if self.strategy == SHARDED:
+            while self.world.any(False):
+                self.shards.take_part()
 
 
 @contextmanager

@@ -165,7 +165,6 @@ def iterate(
         drawn = iter(draws(feeds))
         stats.calls += 1
         stats.token_forwards += sum(feed.end - feed.begin for feed in feeds)
-        stats.fed_positions += len(feeds) * max(feed.end - feed.begin for feed in feeds)
         for feed in feeds:
             if feed.coins:
                 _advance(feed, [next(drawn) for _ in feed.coins], block, stats)

@@ -35,7 +35,6 @@ class SamplerStats:
 
     calls: int = 0
     token_forwards: int = 0
-    fed_positions: int = 0  # token_forwards plus padding
     response_tokens: int = 0
     row_passes: int = 0
     final_coins: int = 0  # coins decided; over row_passes: the mean accepted length

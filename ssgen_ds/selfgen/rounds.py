@@ -7,6 +7,7 @@ Records are complete: a round written to disk and read back trains exactly as th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,10 +15,11 @@ from ssgen_ds.config import Recipe, SamplingConfig
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.evaluate.metrics import score
 from ssgen_ds.selfgen import bss, rac
+from ssgen_ds.selfgen.block import BlockChooser, name
 from ssgen_ds.selfgen.engine_sampler import EngineSampler
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request, Sampled, SamplerStats
 from ssgen_ds.selfgen.noise import Stream, sequence_key
+from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
 from ssgen_ds.window import Sequence
 
 PhaseProgress = Callable[[str, int, int], None]  # phase, sequences done, sequences in all
@@ -60,6 +62,8 @@ class RoundStats:
 
     seconds: float = 0.0
     sampler: SamplerStats = field(default_factory=SamplerStats)
+    strategy: str = ""
+    block: str = ""  # coins tried in a pass over mixed contexts, and over drafts
 
 
 @dataclass
@@ -86,6 +90,7 @@ class RoundGenerator:
     chat: ChatFormat
     vocab_size: int
     sampler: EngineSampler
+    blocks: BlockChooser
 
     @property
     def uses_earlier(self) -> bool:
@@ -106,15 +111,20 @@ class RoundGenerator:
 
         `earlier` holds the previous visit of examples, by id. They are guesses: they change the cost, not the tokens.
         """
-        stats = RoundStats()
+        stats = RoundStats(strategy=self.sampler.strategy)
         work = [_Work.of(slot, (earlier or {}).get(slot.example.id)) for slot in slots]
         method = self.recipe.method
-        if method.uses_bss and any(slot.mix_rate > 0 for slot in slots):
-            self._mix(work, stats, progress)
-        if self._drafts:
-            self._draft(work, stats, progress)
-            if method.rac.target == "rewrite":
-                self._rewrite([item for item in work if item.record.draft_ids], stats, progress)
+        mixes = method.uses_bss and any(slot.mix_rate > 0 for slot in slots)
+        if mixes or self._drafts:
+            start = time.perf_counter()
+            with self.sampler.ready():
+                if mixes:
+                    self._mix(work, stats, progress)
+                if self._drafts:
+                    self._draft(work, stats, progress)
+                if self._drafts and method.rac.target == "rewrite":
+                    self._rewrite([item for item in work if item.record.draft_ids], stats, progress)
+            stats.seconds = time.perf_counter() - start
         return [item.record for item in work], stats
 
     def _key(self, slot: Slot, stream: Stream) -> int:
@@ -130,22 +140,21 @@ class RoundGenerator:
         phase: str,
         progress: PhaseProgress,
     ) -> list[Sampled]:
-        results, cost, seconds = self.sampler.sample(
+        results, cost, _ = self.sampler.sample(
             requests, sampling, block, lambda done, total: progress(phase, done, total)
         )
-        stats.seconds += seconds
         stats.sampler.add(cost)
+        stats.block += f"{', ' if stats.block else ''}{phase} {name(block)}"
         return results
 
     def _mix(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
-        block = None if self.recipe.selfgen.block == "all" else self.recipe.selfgen.block
         sampling = self._sampling(self.recipe.method.bss, keep=())
         requests = []
         for item in work:
             slot, before = item.slot, item.before
             guess_ids = before.mixed_ids if before and self.recipe.selfgen.noise == "common" else None
             requests.append(bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS), guess_ids))
-        results = self._sample(requests, sampling, block, stats, "mixing", progress)
+        results = self._sample(requests, sampling, self.blocks.mixing(requests), stats, "mixing", progress)
         for item, request, result in zip(work, requests, results, strict=True):
             record = item.record
             record.coins, record.mixed_ids, record.bss_passes = request.coins, result.tokens, result.passes
@@ -161,7 +170,7 @@ class RoundGenerator:
                 self._free_request(item.slot, Stream.DRAFT, prompt_ids, settings.max_draft_tokens, earlier_ids)
             )
         sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, 1, stats, "drafting", progress)
+        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "drafting", progress)
         for item, result in zip(work, results, strict=True):
             slot, record = item.slot, item.record
             record.draft_ids, record.draft_stop_id = rac.content_ids(result), rac.stop_id(result)
@@ -180,7 +189,7 @@ class RoundGenerator:
             budget = self.recipe.data.max_response_tokens
             requests.append(self._free_request(slot, Stream.REWRITE, prompt_ids, budget, earlier_ids))
         sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, 1, stats, "rewriting", progress)
+        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "rewriting", progress)
         for item, result in zip(work, results, strict=True):
             record, gold = item.record, item.slot.example.reference
             record.rewrite_ids, record.rewrite_stop_id = rac.content_ids(result), rac.stop_id(result)

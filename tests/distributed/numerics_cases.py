@@ -65,7 +65,8 @@ def tokens_of(run_dir: Path) -> list[list[Generated]]:
 
 
 TIMES = ("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes")
-ROUND_COSTS = ("selfgen_calls", "selfgen_token_forwards", "selfgen_flips", "selfgen_ties")
+_COSTS = "calls token_forwards draws accepted_length guess_hits flips flip_rate flip_bound ties strategy block"
+ROUND_COSTS = tuple(f"selfgen_{name}" for name in _COSTS.split())
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

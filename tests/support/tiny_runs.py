@@ -33,7 +33,7 @@ def tiny_recipe(folder: Path, output: Path | str, **overrides: Any) -> Recipe:
         "method": {"bss": {"schedule": "constant", "mix_rate": 0.3}, "rac": {"max_draft_tokens": 8}},
         "train": {"max_steps": 4, "global_batch": 6, "micro_batch": 2, "lr": 1e-2, "warmup": 0, "schedule": "constant"},
         "deepspeed": "ds_configs/zero0.json",
-        "selfgen": {"refresh_every": 2, "batch": 4},
+        "selfgen": {"refresh_every": 2, "batch": 4, "block": "all", "strategy": "sharded"},
         "log": {"tensorboard": False},
         "output_dir": str(output),
     }

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig
 from ssgen_ds.errors import UserError
 from ssgen_ds.loss import token_nll
 from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
+from ssgen_ds.selfgen.draw import TIE
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import TIE, Request, sample_fixed_point
+from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
 from ssgen_ds.selfgen.noise import Stream, gumbel, sequence_key
 from ssgen_ds.window import IGNORE
 from tests.support.tiny_models import tiny_model

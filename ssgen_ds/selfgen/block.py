@@ -1,0 +1,247 @@
+"""How many coins to try in one pass: `block: auto` weighs model calls against repeated arithmetic.
+
+The cost of a call against its width is measured once, on this model, device and strategy. Then, for every round, the
+sampler's own loop runs on that cost alone, over the round's real coins and lengths, for each candidate W, with draws
+that miss the guess and flip at rates measured on a real model. The W that ends first is taken; which one it is changes
+the cost of the tokens and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssgen_ds.selfgen.draw import Draw, draw_tokens
+from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
+from ssgen_ds.selfgen.filters import Sampling
+from ssgen_ds.selfgen.fixed_point import Feed, Row, iterate
+from ssgen_ds.selfgen.requests import Request
+
+CANDIDATES: tuple[int | None, ...] = (1, 2, 4, 8, 16, 32, None)  # None: all coins
+# Measured on SmolLM2-135M-Instruct over FiQA answers at temperature 1: the share of first draws that are not the gold
+# token, and of redraws that differ from the last, which grows with the share of coins (.27, .31, .46 at .1, .25, .5).
+MISS_RATE = 0.85
+FLIP_RATE, FLIP_RATE_PER_SHARE = 0.22, 0.45
+# Share of passes over a draft in which a look-up proposes something, and the chance that a proposed token holds when
+# all before it did: first visits, XSum and FiQA, temperature 1.
+PROPOSE_RATE, HOLD_RATE = 0.25, 0.4
+WORTH_IT = 0.95  # of W = 1's seconds: a prediction that gains less is not trusted
+_REQUESTS = 64  # simulated at most
+_WIDTHS, _ROWS = (1, 4, 16, 32), 8  # calls measured
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """Seconds of one call on the slowest rank: linear between measured numbers of fed tokens, plus the draws."""
+
+    fed: tuple[int, ...]  # tokens fed, ascending
+    seconds: tuple[float, ...]
+    per_draw: float  # projection, noise and argmax at one position
+
+    def of(self, fed: int, draws: int) -> float:
+        """Seconds of a call that feeds `fed` tokens and draws at `draws` of them."""
+        right = next((i for i, known in enumerate(self.fed) if known >= fed), len(self.fed) - 1)
+        right = max(right, 1)
+        x0, x1, y0, y1 = *self.fed[right - 1 : right + 1], *self.seconds[right - 1 : right + 1]
+        return max(y0 + (y1 - y0) * (fed - x0) / (x1 - x0), 0.0) + draws * self.per_draw
+
+
+def measure_call_cost(sampler: EngineSampler, vocab_size: int) -> CallCost:
+    """Time calls of several widths, the same on every rank; the sampler must be `ready`. Best of two, worst rank."""
+    device, rows = sampler.world.device, min(sampler.limit.rows, _ROWS)
+    model = sampler.model()
+
+    def seconds(width: int, drawn: int) -> float:
+        positions = torch.arange(width, device=device).expand(rows, width)
+        wanted = (positions >= width - drawn).contiguous()
+        model.open([width] * rows)
+        _wait_for(device)
+        start = time.perf_counter()
+        logits_NV = model(positions % vocab_size, positions, wanted)
+        _wait_for(device)
+        between = time.perf_counter()
+        if drawn > 1:
+            count = len(logits_NV)
+            draw_tokens(logits_NV, [1] * count, [*range(count)], Sampling(), [True] * count, [None] * count)
+            between = time.perf_counter()
+        return between - start
+
+    def best(width: int, drawn: int = 1) -> float:
+        return sampler.world.max(min(seconds(width, drawn) for _ in range(2)))
+
+    best(1)
+    calls = [best(width) for width in _WIDTHS]
+    drawn = _WIDTHS[2]
+    per_draw = max(0.0, best(drawn, drawn) - calls[2]) / (rows * (drawn - 1))
+    return CallCost(tuple(rows * width for width in _WIDTHS), tuple(calls), per_draw)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def predict_seconds(
+    cost: CallCost,
+    requests: list[Request],
+    block: int | None,
+    limit: BatchLimit,
+    world_size: int,
+) -> float:
+    """Seconds of all batches one after the other, by the sampler's loop on a model of costs."""
+    total = 0.0
+    coins = sum(sum(request.coins) for request in requests)
+    share = coins / max(1, sum(len(request.coins) for request in requests))
+    for indices in limit.batches(requests, world_size):
+        draws = _CostDraws(cost, MISS_RATE, FLIP_RATE + FLIP_RATE_PER_SHARE * share)
+        iterate(draws, [requests[i] for i in indices], block)
+        total += draws.seconds
+    return total
+
+
+def choose_block(
+    cost: CallCost, requests: list[Request], limit: BatchLimit, world_size: int
+) -> tuple[int | None, dict[str, float]]:
+    """The W with the least predicted seconds, 1 unless another is clearly better; and all predictions, by name."""
+    step = -(-len(requests) // _REQUESTS)
+    some = requests[::step]
+    seconds = {name(block): predict_seconds(cost, some, block, limit, world_size) for block in CANDIDATES}
+    block = min(CANDIDATES, key=lambda block: seconds[name(block)])
+    return (block if seconds[name(block)] <= WORTH_IT * seconds[name(1)] else 1), seconds
+
+
+def choose_draft_block(cost: CallCost, rows: int) -> int:
+    """W for free decoding with look-ups: most tokens a second when each proposed token holds at HOLD_RATE."""
+
+    def tokens_per_second(block: int) -> float:
+        accepted = 1 + PROPOSE_RATE * sum(HOLD_RATE**i for i in range(1, block))
+        fed = round(rows * (1 + PROPOSE_RATE * (block - 1)))
+        return rows * accepted / cost.of(fed, fed)
+
+    block = max((b for b in CANDIDATES if b is not None), key=tokens_per_second)
+    return block if tokens_per_second(block) * WORTH_IT >= tokens_per_second(1) else 1
+
+
+def name(block: int | None) -> str:
+    return "all" if block is None else str(block)
+
+
+@dataclass
+class BlockChooser:
+    """`selfgen.block` of the recipe: a number, `all`, or `auto`, which measures once and then chooses for every round.
+
+    Args:
+        setting: 1 and up, "all" or "auto".
+        sampler: what will sample; its measured cost decides.
+        vocab_size: of the model.
+        say: shows a line to the user; rank 0 only.
+        file: where the measured cost is kept, so that a resumed run chooses alike; None keeps it in memory.
+    """
+
+    setting: int | str
+    sampler: EngineSampler
+    vocab_size: int
+    say: Callable[[str], None] = lambda line: None
+    file: Path | None = None
+    _cost: CallCost | None = field(default=None, init=False)
+    _said: set[str] = field(default_factory=set, init=False)
+
+    def mixing(self, requests: list[Request]) -> int | None:
+        """W for mixed contexts. All ranks call it with the same requests, while the sampler is `ready`."""
+        if self.setting != "auto":
+            return None if self.setting == "all" else int(self.setting)
+        cost, world = self._measured(), self.sampler.world
+        block, seconds = world.broadcast(
+            choose_block(cost, requests, self.sampler.limit, world.size) if world.is_main else (None, {})
+        )
+        predicted = ", ".join(f"W={key} {value:.3g} s" for key, value in seconds.items())
+        self._say(f"selfgen.block auto: W = {name(block)} for mixed contexts ({predicted})", f"mixing {name(block)}")
+        return block
+
+    def drafting(self) -> int | None:
+        """W for drafts and rewrites; only tokens that a guess proposes are tried, so that W is an upper limit."""
+        if self.setting != "auto":
+            return None if self.setting == "all" else int(self.setting)
+        cost, world = self._measured(), self.sampler.world
+        block = world.broadcast(choose_draft_block(cost, min(self.sampler.limit.rows, _ROWS)) if world.is_main else 1)
+        self._say(f"selfgen.block auto: W = {block} for drafts, where a look-up proposes tokens", f"drafts {block}")
+        return block
+
+    def _say(self, line: str, key: str) -> None:
+        """Once for each choice, on rank 0."""
+        if self.sampler.world.is_main and key not in self._said:
+            self.say(line)
+            self._said.add(key)
+
+    def _measured(self) -> CallCost:
+        if self._cost is None:
+            setup = self._setup()
+            world = self.sampler.world
+            known = world.broadcast(_read(self.file, setup) if world.is_main else None)
+            self._cost = known or measure_call_cost(self.sampler, self.vocab_size)
+            if world.is_main and known is None and self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps({"setup": setup, "cost": asdict(self._cost)}, indent=1), "utf-8")
+            first, last = self._cost.seconds[0], self._cost.seconds[-1]
+            self._say(
+                f"a {self.sampler.strategy} model call takes {first * 1e3:.0f} ms for {self._cost.fed[0]} tokens and "
+                f"{last * 1e3:.0f} ms for {self._cost.fed[-1]}, a draw {self._cost.per_draw * 1e3:.2f} ms"
+                + (" (measured when the run began)" if known else ""),
+                "cost",
+            )
+        return self._cost
+
+    def _setup(self) -> dict[str, Any]:
+        """What the measured cost belongs to; another setup is measured anew."""
+        sampler = self.sampler
+        device = sampler.world.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "ranks": sampler.world.size,
+            "strategy": sampler.strategy,
+            "dtype": str(sampler.module.dtype),
+            "rows": sampler.limit.rows,
+        }
+
+
+def _read(file: Path | None, setup: dict[str, Any]) -> CallCost | None:
+    """The cost kept by this run, if it was measured in the same setup."""
+    if file is None or not file.is_file():
+        return None
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    if kept["setup"] != setup:
+        return None
+    cost = kept["cost"]
+    return CallCost(tuple(cost["fed"]), tuple(cost["seconds"]), cost["per_draw"])
+
+
+@dataclass
+class _CostDraws:
+    """The sampler's `Draws` without a model: random misses and flips, and the seconds that the calls would take."""
+
+    cost: CallCost
+    miss_rate: float
+    flip_rate: float
+    seconds: float = 0.0
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def open(self, rows: list[Row]) -> None: ...
+
+    def keep(self, positions: list[int]) -> None: ...
+
+    def __call__(self, feeds: list[Feed]) -> list[Draw]:
+        draws = []
+        for feed in feeds:
+            for t in feed.coins:
+                rate = self.flip_rate if t in feed.row.previous else self.miss_rate
+                token = feed.row.tokens[feed.row.start + t]
+                draws.append(Draw(token ^ 1 if self.rng.random() < rate else token))
+        self.seconds += self.cost.of(sum(feed.end - feed.begin for feed in feeds), len(draws))
+        return draws

@@ -1,0 +1,105 @@
+"""Where parameters are while the model generates, and how many sequences fit: decided from measured free memory.
+
+local      ZeRO 0-2: every rank has whole parameters.
+sharded    ZeRO-3: a layer is gathered, used and let go at every call. Slow calls, little memory.
+gathered   ZeRO-3: all parameters are gathered once for a whole round. Fast calls, the whole model on every rank.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ssgen_ds.config import Recipe, SelfgenConfig
+from ssgen_ds.distributed import World
+from ssgen_ds.modeling.gather import full_shape, is_partitioned
+from ssgen_ds.modeling.shards import Shards
+from ssgen_ds.selfgen.engine_sampler import GATHERED, LOCAL, SHARDED, BatchLimit, EngineSampler
+
+GIB = 2.0**30
+USABLE = 0.8  # share of the free memory that gathered parameters may take: the rest is for activations
+CACHE_SHARE = 0.25  # share of what is then still free that keys and values may take
+_MOST_ROWS = 64
+_MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
+
+
+def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str], None]) -> EngineSampler:
+    """The sampler of a training run, with its strategy and batches; says on rank 0 what was chosen and why."""
+    module = engine.module
+    shards = (
+        Shards(module, engine.optimizer.parameter_offload) if any(map(is_partitioned, module.parameters())) else None
+    )
+    free = free_bytes(world) - _optimizer_bytes_to_come(engine, world)
+    strategy, reason = choose_strategy(recipe.selfgen.strategy, shards, free, world)
+    if strategy == GATHERED:
+        free -= shards.total_bytes
+    limit = batch_limit(recipe.selfgen, module, strategy, free, world)
+    if world.is_main and recipe.method.name != "sft":
+        say(f"self-generation: {strategy}: {reason}; up to {limit.rows} sequences at once on a rank")
+    return EngineSampler(module, world, limit, strategy, shards)
+
+
+def choose_strategy(setting: str, shards: Shards | None, free: float, world: World) -> tuple[str, str]:
+    """(strategy, its reason). `free` bytes are those of this rank; the rank with the least decides for all."""
+    if shards is None:
+        return LOCAL, "parameters are whole on every rank"
+    least = -world.max(-free)
+    more = shards.total_bytes * (1 - 1 / world.size) + shards.largest_unit_bytes
+    need = f"whole parameters take {more / GIB:.2f} GiB more, {max(least, 0) / GIB:.2f} GiB are free"
+    if setting != "auto":
+        return setting, f"as the recipe says ({need})"
+    if more <= USABLE * least:
+        return GATHERED, need
+    return SHARDED, need
+
+
+def batch_limit(
+    selfgen: SelfgenConfig, module: torch.nn.Module, strategy: str, free: float, world: World
+) -> BatchLimit:
+    """Rows and cache bytes of a batch; the same on all ranks."""
+    per_token = cache_bytes_per_token(module)
+    cache_bytes = -world.max(-max(0.0, free) * CACHE_SHARE)
+    if selfgen.batch != "auto":
+        return BatchLimit(int(selfgen.batch), float("inf"), per_token)
+    cheap_calls = world.device.type == "cpu" and strategy != SHARDED
+    return BatchLimit(_MOST_ROWS_CPU if cheap_calls else _MOST_ROWS, cache_bytes, per_token)
+
+
+def cache_bytes_per_token(module: torch.nn.Module) -> int:
+    """Keys and values of one token over all layers, in the model's dtype."""
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # family traits
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * module.dtype.itemsize
+
+
+def free_bytes(world: World) -> float:
+    """What this rank may still allocate: of its GPU, or its part of the host's memory and control group."""
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        reusable = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+        return float(free + reusable)
+    hosts = world.gather(socket.gethostname())
+    available = min(float(psutil.virtual_memory().available), _control_group_headroom())
+    return available / hosts.count(socket.gethostname())
+
+
+def _control_group_headroom() -> float:
+    """Bytes below the limit of a version 2 control group, as containers and SLURM set it; infinite without."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        most, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+    except OSError:
+        return float("inf")
+    return float("inf") if most == "max" else float(most) - float(used)
+
+
+def _optimizer_bytes_to_come(engine: Any, world: World) -> float:
+    """AdamW allocates its two moments at the first step, and ZeRO its gradients at the first backward: float32 each."""
+    trainable = [p for p in engine.module.parameters() if p.requires_grad]
+    return 3 * 4.0 * sum(full_shape(p).numel() for p in trainable) / world.size
