@@ -59,13 +59,12 @@ class Ours:
             sampler.finish()
         return contexts
 
-    def draft_block(self, strategy: Strategy, count: int) -> int:
-        """The W that `block: auto` chooses for `count` drafts on all ranks together."""
-        rows = count // self._world.size
-        return self._world.broadcast(choose_draft_block(self._cost(strategy, count), rows))
+    def draft_block(self, strategy: Strategy, rows: int) -> int:
+        """The W that `block: auto` chooses for drafts, `rows` at a time on a rank."""
+        return self._world.broadcast(choose_draft_block(self._cost(strategy, rows * self._world.size), rows))
 
     def drafts(
-        self, strategy: Strategy, examples: list[Example], max_new_tokens: int, block: int, visit: int
+        self, strategy: Strategy, examples: list[Example], rows: int, max_new_tokens: int, block: int, visit: int
     ) -> Outcome:
         """Free decoding as a round does it: guesses are looked up in the prompt and in the reference."""
         stop_ids = frozenset(self._work.stop_ids)
@@ -79,7 +78,8 @@ class Ours:
             )
             for example in examples
         ]
-        results, stats, _ = self._sampler(strategy, len(requests)).sample(requests, Sampling(), block)
+        sampler = self._sampler(strategy, rows * self._world.size)
+        results, stats, _ = sampler.sample(requests, Sampling(), block)
         return results, stats
 
     def _sampler(self, strategy: Strategy, count: int) -> EngineSampler:

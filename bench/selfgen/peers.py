@@ -65,28 +65,32 @@ class Trl:
         self._accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
         assert self._accelerator.state.deepspeed_plugin.zero_stage == 3
 
-    def generate(self, prompts: Prompts, seed: int, gather: bool) -> int:
-        """Useful tokens of this rank. `gather` is TRL's `ds3_gather_for_generation`."""
+    def generate(self, batches: list[Prompts], seed: int, gather: bool) -> int:
+        """Useful tokens of this rank. `gather` is TRL's `ds3_gather_for_generation`: once for all batches."""
         torch.manual_seed(seed)
         self._engine.eval()
         with (
             self._unwrap(self._engine, self._accelerator, gather_deepspeed3_params=gather) as model,
             torch.no_grad(),
         ):
-            output_BT = model.generate(
-                input_ids=prompts.ids_BL,
-                attention_mask=prompts.mask_BL,
-                max_new_tokens=prompts.max_new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=list(prompts.stop_ids),
-                pad_token_id=prompts.pad_id,
-                use_cache=True,
-                synced_gpus=not gather,
+            return sum(
+                prompts.count(
+                    model.generate(
+                        input_ids=prompts.ids_BL,
+                        attention_mask=prompts.mask_BL,
+                        max_new_tokens=prompts.max_new_tokens,
+                        do_sample=True,
+                        temperature=1.0,
+                        top_k=0,
+                        top_p=1.0,
+                        eos_token_id=list(prompts.stop_ids),
+                        pad_token_id=prompts.pad_id,
+                        use_cache=True,
+                        synced_gpus=not gather,
+                    )
+                )
+                for prompts in batches
             )
-        return prompts.count(output_BT)
 
 
 class HybridRollout:
@@ -99,14 +103,18 @@ class HybridRollout:
         self._rollout = HybridEngineRollout(engine, tokenizer)
         engine.module.generation_config.use_cache = True  # it passes no setting of its own
 
-    def generate(self, prompts: Prompts, seed: int) -> int:
+    def generate(self, batches: list[Prompts], seed: int) -> int:
         """Useful tokens of this rank, of the `max_new_tokens` that it always decodes."""
         from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 
         torch.manual_seed(seed)
         self._engine.eval()
-        batch = self._rollout.generate(
-            RolloutRequest(prompts.ids_BL, prompts.mask_BL),
-            SamplingConfig(max_new_tokens=prompts.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0),
+        return sum(
+            prompts.count(
+                self._rollout.generate(
+                    RolloutRequest(prompts.ids_BL, prompts.mask_BL),
+                    SamplingConfig(max_new_tokens=prompts.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0),
+                ).input_ids
+            )
+            for prompts in batches
         )
-        return prompts.count(batch.input_ids)

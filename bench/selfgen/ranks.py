@@ -138,19 +138,26 @@ def drafts(bench: RankBench) -> Row:
     sizes, work, world = bench.work.sizes, bench.work, bench.world
     count = sizes.drafts_per_rank * world.size
     examples = work.examples[:count]
-    prompts = left_padded(
-        [example.prompt_ids for example in examples[world.rank :: world.size]],
-        sizes.max_new_tokens,
-        work.stop_ids,
-        work.tokenizer.pad_token_id,
-        world.device,
-    )
+    # Peers know nothing but batches: each is as wide as its longest prompt and runs until its last row has stopped.
+    share = sorted((example.prompt_ids for example in examples[world.rank :: world.size]), key=len)
+    batches = [
+        left_padded(
+            share[begin : begin + sizes.draft_rows],
+            sizes.max_new_tokens,
+            work.stop_ids,
+            work.tokenizer.pad_token_id,
+            world.device,
+        )
+        for begin in range(0, len(share), sizes.draft_rows)
+    ]
     visits = iter(range(2**31))  # another draw at every repeat, the same number on all ranks
-    blocks = {strategy: bench.ours.draft_block(strategy, count) for strategy in ("gathered", "sharded")}
+    blocks = {strategy: bench.ours.draft_block(strategy, sizes.draft_rows) for strategy in ("gathered", "sharded")}
 
     def own(strategy: Strategy) -> int:
         """Useful tokens of this rank's share."""
-        results, _ = bench.ours.drafts(strategy, examples, sizes.max_new_tokens, blocks[strategy], next(visits))
+        results, _ = bench.ours.drafts(
+            strategy, examples, sizes.draft_rows, sizes.max_new_tokens, blocks[strategy], next(visits)
+        )
         return sum(len(result.tokens) for result in results[world.rank :: world.size])
 
     def seed() -> int:
@@ -160,12 +167,12 @@ def drafts(bench: RankBench) -> Row:
     groups = {
         "gathered": {
             "ours": Side(partial(own, "gathered"), sizes.repeats),
-            "TRL": Side(lambda: trl.generate(prompts, seed(), gather=True), sizes.repeats),
+            "TRL": Side(lambda: trl.generate(batches, seed(), gather=True), sizes.repeats),
         },
         "sharded": {
             "ours": Side(partial(own, "sharded"), sizes.repeats),
-            "TRL": Side(lambda: trl.generate(prompts, seed(), gather=False), sizes.slow_repeats),
-            "HybridEngineRollout": Side(lambda: hybrid.generate(prompts, seed()), sizes.slow_repeats),
+            "TRL": Side(lambda: trl.generate(batches, seed(), gather=False), sizes.slow_repeats),
+            "HybridEngineRollout": Side(lambda: hybrid.generate(batches, seed()), sizes.slow_repeats),
         },
     }
     mine, peer, checks, details = {}, {}, {}, {}

@@ -15,10 +15,11 @@ class Sizes:
 
     rows: int = 8  # sequences of S1, S2, S3 and S6: one batch
     rows_per_rank: int = 4  # S4
-    drafts_per_rank: int = 4  # S5
+    drafts_per_rank: int = 8  # S5
+    draft_rows: int = 4  # S5: rows decoded together on a rank, on every side
     num_tokens: int = 128  # T, response tokens of a mixed context
     max_prompt_tokens: int = 128
-    max_new_tokens: int = 48  # S5
+    max_new_tokens: int = 64  # S5
     train_steps: int = 3  # between the visits of S6
     repeats: int = 3
     slow_repeats: int = 1

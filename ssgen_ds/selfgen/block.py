@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ssgen_ds.selfgen.draw import Draw, draw_tokens
-from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
+from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler, deal
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Feed, Row, iterate
+from ssgen_ds.selfgen.fixed_point import Feed, iterate
 from ssgen_ds.selfgen.requests import Request
 
 CANDIDATES: tuple[int | None, ...] = (1, 2, 4, 8, 16, 32, None)  # None: all coins
@@ -95,15 +95,12 @@ def predict_seconds(
     limit: BatchLimit,
     world_size: int,
 ) -> float:
-    """Seconds of all batches one after the other, by the sampler's loop on a model of costs."""
-    total = 0.0
+    """Seconds that rank 0 takes for its share of the requests, by the sampler's loop on a model of costs."""
     coins = sum(sum(request.coins) for request in requests)
     share = coins / max(1, sum(len(request.coins) for request in requests))
-    for indices in limit.batches(requests, world_size):
-        draws = _CostDraws(cost, MISS_RATE, FLIP_RATE + FLIP_RATE_PER_SHARE * share)
-        iterate(draws, [requests[i] for i in indices], block)
-        total += draws.seconds
-    return total
+    draws = _CostDraws(cost, MISS_RATE, FLIP_RATE + FLIP_RATE_PER_SHARE * share)
+    iterate(draws, [requests[i] for i in deal(requests, 0, world_size)], block, limit.rows_for(requests))
+    return draws.seconds
 
 
 def choose_block(
@@ -232,7 +229,7 @@ class _CostDraws:
     seconds: float = 0.0
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def open(self, rows: list[Row]) -> None: ...
+    def open(self, rows: int, capacity: int) -> None: ...
 
     def keep(self, positions: list[int]) -> None: ...
 

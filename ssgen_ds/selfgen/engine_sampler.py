@@ -27,29 +27,23 @@ SHARDED, GATHERED, LOCAL = "sharded", "gathered", "local"
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How many sequences are sampled together on one rank."""
+    """How many sequences are in work at a time on one rank."""
 
     rows: int
     cache_bytes: float = float("inf")  # for keys and values
     bytes_per_token: int = 0  # of keys and values, over all layers
 
-    def batches(self, requests: list[Request], world_size: int) -> list[list[int]]:
-        """Indices of requests in batches of similar length, longest first, so that the ranks finish together.
+    def rows_for(self, requests: list[Request]) -> int:
+        """Rows whose caches fit, each as long as the longest request; at least one."""
+        longest = max((len(request.prompt_ids) + len(request.coins) for request in requests), default=0)
+        needed = max(1, longest * self.bytes_per_token)
+        return int(max(1, min(self.rows, self.cache_bytes // needed)))
 
-        No rank gets more than its share in one batch while another has nothing to do.
-        """
-        lengths = [len(request.prompt_ids) + len(request.coins) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
-        rows = max(1, min(self.rows, -(-len(requests) // world_size)))
-        batches: list[list[int]] = []
-        for i in order:
-            longest = lengths[batches[-1][0]] if batches else 0
-            fits = batches and (len(batches[-1]) + 1) * longest * self.bytes_per_token <= self.cache_bytes
-            if fits and len(batches[-1]) < rows:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
+
+def deal(requests: list[Request], rank: int, world_size: int) -> list[int]:
+    """Indices of a rank's requests, longest first, so that the ranks finish together and the last rows are short."""
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - len(requests[i].coins))
+    return order[rank::world_size]
 
 
 @dataclass
@@ -61,7 +55,7 @@ class EngineSampler:
         world: the ranks.
         strategy: `local` (every rank has whole parameters), or under ZeRO-3 `sharded` or `gathered`.
         shards: the partitioned parameters; needed unless the strategy is `local`.
-        limit: size of the batches.
+        limit: of the sequences in work at a time.
     """
 
     module: torch.nn.Module
@@ -109,28 +103,30 @@ class EngineSampler:
     ) -> tuple[list[Sampled], SamplerStats, float]:
         """Results in the order of the requests, costs summed over the ranks, and the seconds it took.
 
-        In lower precision than float32 one batch a rank is drawn once more at the end, and what differs is counted.
+        In lower precision than float32 some requests are drawn once more at the end, and what differs is counted.
         """
         start = time.perf_counter()
-        batches = self.limit.batches(requests, self.world.size)
-        mine: dict[int, Sampled] = {}
-        stats = SamplerStats()
+        world, rows = self.world, self.limit.rows_for(requests)
+        indices = deal(requests, world.rank, world.size)
+        mine = [requests[i] for i in indices]
         with self.ready():
             model = self.model()
-            for number, indices in enumerate(batches):
-                if number % self.world.size == self.world.rank:
-                    batch = [requests[i] for i in indices]
-                    results, cost = sample_fixed_point(model, batch, sampling, block, self.world.device)
-                    stats.add(cost)
-                    if number < self.world.size and self.module.dtype != torch.float32:
-                        stats.add(count_mismatches(model, batch, results, sampling, self.world.device))
-                    mine.update(zip(indices, results, strict=True))
-                progress(sum(map(len, batches[: number + 1])), len(requests))
+            results, stats = sample_fixed_point(
+                model,
+                mine,
+                sampling,
+                block,
+                world.device,
+                rows,
+                lambda done: progress(min(done * world.size, len(requests)), len(requests)),
+            )
+            if self.module.dtype != torch.float32:
+                stats.add(count_mismatches(model, mine[:rows], results[:rows], sampling, world.device))
             self.finish()
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
-        for results, cost in self.world.gather((mine, stats)):
-            results_by_index.update(results)
+        for some, cost in world.gather((dict(zip(indices, results, strict=True)), stats)):
+            results_by_index.update(some)
             total.add(cost)
         return [results_by_index[i] for i in range(len(requests))], total, time.perf_counter() - start
 

@@ -21,6 +21,7 @@ The guess never changes what is sampled, only what it costs. Pure torch: the mod
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,7 +38,7 @@ class CachedModel(Protocol):
     """A language model that remembers keys and values by absolute position."""
 
     def open(self, capacities: list[int]) -> None:
-        """Start a batch; row i will hold at most `capacities[i]` tokens."""
+        """Start a batch; row i will hold at most `capacities[i]` tokens. A row fed from position 0 on starts anew."""
 
     def __call__(self, tokens_BQ: torch.Tensor, positions_BQ: torch.Tensor, wanted_BQ: torch.Tensor) -> torch.Tensor:
         """Feed tokens at their absolute positions (-1: padding) and return logits [N, V] at the N wanted ones.
@@ -67,6 +68,10 @@ class Row:
     def start(self) -> int:
         return len(self.request.prompt_ids)
 
+    @property
+    def done(self) -> bool:
+        return self.next_coin >= len(self.coin_positions)
+
     def block(self, width: int | None) -> list[int]:
         """Response positions of the coins of the open block; empty when the row is done.
 
@@ -92,7 +97,7 @@ class Feed:
 class Draws(Protocol):
     """Where the loop's draws come from: a model, or a model of its costs."""
 
-    def open(self, rows: list[Row]) -> None: ...
+    def open(self, rows: int, capacity: int) -> None: ...
 
     def keep(self, positions: list[int]) -> None: ...
 
@@ -107,9 +112,10 @@ def sample_fixed_point(
     sampling: Sampling,
     block: int | None,
     device: torch.device | str,
-    on_pass: Callable[[], object] = lambda: None,
+    rows: int | None = None,
+    on_done: Callable[[int], object] = lambda done: None,
 ) -> tuple[list[Sampled], SamplerStats]:
-    """Sample a batch of requests exactly.
+    """Sample requests exactly.
 
     Args:
         model: remembers keys and values; its batch is opened and shrunk here.
@@ -117,9 +123,10 @@ def sample_fixed_point(
         sampling: filter settings shared by the batch.
         block: coins per block (W); None is the whole response at once.
         device: where tokens and noise live.
-        on_pass: called after every pass.
+        rows: requests in work at a time; the place of one that is done goes to the next. None: all at once.
+        on_done: called with the number of requests done, whenever it grows.
     """
-    return iterate(_ModelDraws(model, sampling, device), requests, block, on_pass)
+    return iterate(_ModelDraws(model, sampling, device), requests, block, rows, on_done)
 
 
 def count_mismatches(
@@ -137,7 +144,7 @@ def count_mismatches(
     if not rows:
         return SamplerStats()
     draws = _ModelDraws(model, sampling, device)
-    draws.open(rows)
+    draws.open(len(rows), max(len(row.tokens) for row in rows))
     feeds = [Feed(row, 0, row.start + row.coin_positions[-1], row.coin_positions) for row in rows]
     expected = [feed.row.tokens[feed.row.start + t] for feed in feeds for t in feed.coins]
     drawn = draws(feeds)
@@ -146,21 +153,23 @@ def count_mismatches(
 
 
 def iterate(
-    draws: Draws, requests: list[Request], block: int | None, on_pass: Callable[[], object] = lambda: None
+    draws: Draws,
+    requests: list[Request],
+    block: int | None,
+    rows: int | None = None,
+    on_done: Callable[[int], object] = lambda done: None,
 ) -> tuple[list[Sampled], SamplerStats]:
     """The loop. Every pass feeds, for each row, the tokens from the first that is not remembered up to the one before
     the block's last coin, compares the draws with the guess, and makes everything up to the first change final."""
     stats = SamplerStats(response_tokens=sum(len(request.coins) for request in requests))
-    rows = [open_row(request) for request in requests]
-    active = [row for row in rows if row.coin_positions]
-    batch = list(active)
-    if active:
-        draws.open(batch)
-    while active:
-        if len(active) <= len(batch) // 2:  # compaction copies the cache: only when it halves
-            still = {id(row) for row in active}
-            draws.keep([position for position, row in enumerate(batch) if id(row) in still])
-            batch = list(active)
+    everyone = [open_row(request) for request in requests]
+    waiting = deque(row for row in everyone if row.coin_positions)
+    open_places = min(rows or len(waiting), len(waiting))
+    if waiting:
+        draws.open(open_places, max(len(row.tokens) for row in waiting))
+    batch = [waiting.popleft() for _ in range(open_places)]
+    done = len(requests) - len(waiting) - len(batch)
+    while batch:
         feeds = [_feed(row, block) for row in batch]
         drawn = iter(draws(feeds))
         stats.calls += 1
@@ -168,11 +177,21 @@ def iterate(
         for feed in feeds:
             if feed.coins:
                 _advance(feed, [next(drawn) for _ in feed.coins], block, stats)
-        on_pass()
-        active = [row for row in active if row.next_coin < len(row.coin_positions)]
-    for row in rows:
+        ended = [i for i, feed in enumerate(feeds) if feed.coins and batch[i].done]
+        if ended:
+            done += len(ended)
+            on_done(done)
+        for i in ended:
+            if waiting:
+                batch[i] = waiting.popleft()
+        active = [i for i, row in enumerate(batch) if not row.done]
+        if len(active) <= len(batch) // 2:  # compaction copies the cache: only when it halves
+            if active:
+                draws.keep(active)
+            batch = [batch[i] for i in active]
+    for row in everyone:
         row.result.tokens = row.tokens[row.start :]
-    return [row.result for row in rows], stats
+    return [row.result for row in everyone], stats
 
 
 def open_row(request: Request) -> Row:
@@ -263,8 +282,8 @@ class _ModelDraws:
     sampling: Sampling
     device: torch.device | str
 
-    def open(self, rows: list[Row]) -> None:
-        self.model.open([len(row.tokens) for row in rows])
+    def open(self, rows: int, capacity: int) -> None:
+        self.model.open([capacity] * rows)
 
     def keep(self, positions: list[int]) -> None:
         self.model.keep(positions)
