@@ -21,8 +21,9 @@ import torch
 from ssgen_ds.selfgen.draw import Draw, draw_tokens
 from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler, deal
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Feed, iterate
+from ssgen_ds.selfgen.fixed_point import iterate
 from ssgen_ds.selfgen.requests import Request
+from ssgen_ds.selfgen.rows import Feed
 
 CANDIDATES: tuple[int | None, ...] = (1, 2, 4, 8, 16, 32, None)  # None: all coins
 # Measured on SmolLM2-135M-Instruct over FiQA answers at temperature 1: the share of first draws that are not the gold

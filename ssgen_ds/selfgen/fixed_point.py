@@ -23,15 +23,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ssgen_ds.selfgen.draw import Draw, Previous, draw_tokens
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.lookup import Lookup
 from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
+from ssgen_ds.selfgen.rows import Feed, Row, open_row
 
 
 class CachedModel(Protocol):
@@ -48,50 +48,6 @@ class CachedModel(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows of the batch but these, in this order."""
-
-
-@dataclass
-class Row:
-    """Progress of one request. Absolute position = len(prompt) + response position."""
-
-    request: Request
-    tokens: list[int]  # prompt, then the current guess
-    coin_positions: list[int]  # response positions that the model decides
-    guess_end: int  # response positions before it hold gold tokens, final tokens or a guess worth trying
-    lookup: Lookup | None
-    next_coin: int = 0  # index into coin_positions: the first coin of the open block
-    cached: int = 0  # leading tokens whose keys and values are remembered
-    previous: dict[int, Previous] = field(default_factory=dict)  # last draws of coins that are not final
-    result: Sampled = field(default_factory=lambda: Sampled([]))
-
-    @property
-    def start(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def done(self) -> bool:
-        return self.next_coin >= len(self.coin_positions)
-
-    def block(self, width: int | None) -> list[int]:
-        """Response positions of the coins of the open block; empty when the row is done.
-
-        It ends at the first coin that has no guess: what follows that coin cannot be fed yet.
-        """
-        end = len(self.coin_positions) if width is None else self.next_coin + width
-        coins = self.coin_positions[self.next_coin : end]
-        if coins and coins[-1] >= self.guess_end:
-            coins = [t for t in coins[:-1] if t < self.guess_end] + [next(t for t in coins if t >= self.guess_end)]
-        return coins
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What one row feeds in a pass: absolute positions [begin, end), and the coins that they predict."""
-
-    row: Row
-    begin: int
-    end: int
-    coins: list[int]
 
 
 class Draws(Protocol):
@@ -192,22 +148,6 @@ def iterate(
     for row in everyone:
         row.result.tokens = row.tokens[row.start :]
     return [row.result for row in everyone], stats
-
-
-def open_row(request: Request) -> Row:
-    """A row at its beginning. Raises ValueError for an empty prompt or a guess of another length than the coins."""
-    if not request.prompt_ids:
-        raise ValueError("a request needs at least one prompt token: the first response token is predicted from it")
-    if len(request.guess_ids) != len(request.coins):
-        raise ValueError(f"guess has {len(request.guess_ids)} tokens, coins are {len(request.coins)}")
-    if request.corpora and not all(request.coins):
-        raise ValueError(
-            "look-ups would overwrite gold tokens: corpora are for requests whose every coin is the model's"
-        )
-    coin_positions = [t for t, coin in enumerate(request.coins) if coin]
-    guess_end = len(request.guess_ids) if request.guess_length is None else request.guess_length
-    lookup = Lookup(request.corpora, request.prompt_ids) if request.corpora else None
-    return Row(request, [*request.prompt_ids, *request.guess_ids], coin_positions, guess_end, lookup)
 
 
 def _feed(row: Row, block: int | None) -> Feed:
