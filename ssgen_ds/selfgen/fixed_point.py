@@ -199,10 +199,10 @@ def _count(row: Row, coins: list[int], drawn: list[Draw], final: int, stats: Sam
     stats.draws += len(drawn)
     for t, draw in zip(coins, drawn, strict=True):
         last = row.previous.pop(t, None)
-        if last is None:
+        if last is None and t < row.guess_end:
             stats.first_draws += 1
             stats.misses += row.tokens[row.start + t] != draw.token
-        else:
+        elif last is not None:
             stats.redraws += 1
             stats.moved += draw.moved
             stats.flips += last.token != draw.token

@@ -39,7 +39,7 @@ class SamplerStats:
     row_passes: int = 0
     final_coins: int = 0  # coins decided; over row_passes: the mean accepted length
     draws: int = 0
-    first_draws: int = 0  # draws at coins where nothing was drawn before: against the guess
+    first_draws: int = 0  # draws at coins that had a guess and were not drawn before
     misses: int = 0  # first draws that differ from the guess
     redraws: int = 0  # draws at coins that an earlier pass drew with the same noise
     flips: int = 0  # redraws that differ

@@ -49,7 +49,7 @@ def choose_strategy(setting: str, shards: Shards | None, free: float, world: Wor
     if shards is None:
         return LOCAL, "parameters are whole on every rank"
     least = -world.max(-free)
-    more = shards.total_bytes * (1 - 1 / world.size) + shards.largest_unit_bytes
+    more = shards.total_bytes + shards.largest_unit_bytes  # the shard stays, beside its copy in the whole
     need = f"whole parameters take {more / GIB:.2f} GiB more, {max(least, 0) / GIB:.2f} GiB are free"
     if setting != "auto":
         return setting, f"as the recipe says ({need})"
