@@ -125,6 +125,7 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing
     if recipe.method.name != "sft":
         with inference_mode(engine.module):
             world.together(lambda: check_cache(engine.module))

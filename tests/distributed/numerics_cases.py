@@ -65,7 +65,9 @@ def tokens_of(run_dir: Path) -> list[list[Generated]]:
 
 
 TIMES = ("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes")
-_COSTS = "calls token_forwards draws accepted_length guess_hits flips flip_rate flip_bound ties strategy block"
+_COSTS = (
+    "calls token_forwards draws accepted_length first_draws guess_hits flips flip_rate flip_bound ties strategy block"
+)
 ROUND_COSTS = tuple(f"selfgen_{name}" for name in _COSTS.split())
 
 
@@ -206,8 +208,9 @@ def same_as_sft_case(**overrides: Any) -> Case:
     return case
 
 
-def generation_leaves_no_trace_case(stage: int, adapter: str) -> Case:
+def generation_leaves_no_trace_case(stage: int, adapter: str, **more: Any) -> Case:
     """The next training step is bitwise the same with and without a generation before it."""
+    settings = {"deepspeed": f"ds_configs/zero{stage}.json", "model__gradient_checkpointing": True} | more
 
     def case(world: World, folder: Path) -> dict[str, Any]:
         losses, weights = [], []
@@ -218,8 +221,7 @@ def generation_leaves_no_trace_case(stage: int, adapter: str) -> Case:
                 world,
                 adapter__kind=adapter,
                 adapter__dropout=0.2 if adapter == "lora" else 0.0,
-                deepspeed=f"ds_configs/zero{stage}.json",
-                model__gradient_checkpointing=True,
+                **settings,
             )
             trainer = trainer_for(recipe, world)
             sequences = [Sequence(list(range(3, 20)), list(range(3, 20))[:0] + [-100] * 9 + list(range(12, 20)))] * 4
@@ -241,17 +243,12 @@ def generation_leaves_no_trace_case(stage: int, adapter: str) -> Case:
 # -- generation on uneven ranks ----------------------------------------------------------------------------------------
 
 
-def uneven_case(stage: int, number: int) -> Case:
+def uneven_case(stage: int, number: int, **more: Any) -> Case:
     """Requests that end at different steps, or fewer requests than ranks: no hang, and the same tokens everywhere."""
+    settings = {"deepspeed": f"ds_configs/zero{stage}.json", "selfgen__batch": 2} | more
 
     def case(world: World, folder: Path) -> list[list[int]]:
-        recipe = fresh(
-            folder,
-            f"uneven-{stage}-{number}",
-            world,
-            deepspeed=f"ds_configs/zero{stage}.json",
-            selfgen__batch=2,
-        )
+        recipe = fresh(folder, f"uneven-{stage}-{number}", world, **settings)
         trainer = trainer_for(recipe, world)
         requests = [
             free_request([4 + i, 60, 70 - i], 3 + 5 * i, 12345 + 11 * i, frozenset(range(3, 9))) for i in range(number)
@@ -459,8 +456,9 @@ def bf16_case(adapter: str, stage: int) -> Case:
                 train__lr=1e-3,
             )
             fit_and_export(recipe, world, StopFlag())
-            losses[dtype] = [row["loss"] for row in metrics_of(Path(recipe.output_dir))]
-        return losses
+            rows = metrics_of(Path(recipe.output_dir))
+            losses[dtype] = [row["loss"] for row in rows]
+        return losses | {"mismatches": [row["selfgen_mismatches"] for row in rows]}
 
     return case
 
