@@ -12,9 +12,9 @@ from ssgen_ds.selfgen.noise import gumbel
 V, KEYS = 6, 2000
 
 
-def draw(logits_NV: torch.Tensor, keys: list[int], sampling=Sampling(), previous=None):
+def draw(logits_NV: torch.Tensor, keys: list[int], sampling=None, previous=None):
     n = len(keys)
-    return draw_tokens(logits_NV, keys, [3] * n, sampling, [True] * n, previous or [None] * n)
+    return draw_tokens(logits_NV, keys, [3] * n, sampling or Sampling(), [True] * n, previous or [None] * n)
 
 
 def logits_of(seed: int) -> torch.Tensor:

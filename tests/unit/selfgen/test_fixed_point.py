@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
+from ssgen_ds.selfgen.fixed_point import Request, count_mismatches, sample_fixed_point
 from ssgen_ds.selfgen.noise import Stream, gumbel, sequence_key
 from tests.support.toy_model import ToyModel
 
@@ -140,3 +140,42 @@ def test_conditional_samples_follow_the_softmax():
 def test_mismatched_request_is_refused(coins, guess):
     with pytest.raises(ValueError, match="guess has"):
         sample_fixed_point(ToyModel(V), [Request([1], guess, coins, key=0)], Sampling(), None, "cpu")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=4), st.data(), samplings, st.sampled_from([None, 1, 2, 5]))
+def test_corpora_and_guess_length_change_cost_not_tokens(batch, data, sampling, block):
+    """Look-ups in any texts, a guess worth trying up to any length, any number of rows in work."""
+    ids = st.lists(st.integers(0, V - 1), max_size=12)
+    for request in batch:
+        request.coins = [True] * len(request.coins)
+        request.guess_length = data.draw(st.integers(0, len(request.coins)))
+        request.corpora = tuple(data.draw(st.lists(ids, max_size=2)))
+    model = ToyModel(V)
+    results, cost = sample_fixed_point(model, batch, sampling, block, "cpu", data.draw(st.sampled_from([None, 1, 2])))
+    assert [result.tokens for result in results] == [sequential(model, request, sampling) for request in batch]
+    assert cost.final_coins >= sum(len(result.tokens) for result in results)
+    assert cost.accepted_length == cost.final_coins / cost.row_passes
+    assert cost.flips <= cost.redraws
+    assert cost.misses <= cost.first_draws
+    assert cost.first_draws + cost.redraws <= cost.draws
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=4), samplings, st.sampled_from([None, 1, 3]), st.integers(0, 99))
+def test_a_right_result_has_no_mismatches_and_a_corrupted_one_has(batch, sampling, block, where):
+    model = ToyModel(V)
+    results, cost = sample_fixed_point(model, batch, sampling, block, "cpu")
+    assert cost.draws == cost.first_draws + cost.redraws  # every coin had a guess
+    checked = count_mismatches(model, batch, results, sampling, "cpu")
+    coins = [
+        (result, t)
+        for request, result in zip(batch, results, strict=True)
+        for t, _ in enumerate(result.tokens)
+        if request.coins[t]
+    ]
+    assert (checked.verified, checked.mismatches) == (len(coins), 0)
+    if coins:
+        result, t = coins[where % len(coins)]
+        result.tokens[t] = (result.tokens[t] + 1) % V
+        assert count_mismatches(model, batch, results, sampling, "cpu").mismatches > 0
