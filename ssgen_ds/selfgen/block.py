@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def measure_call_cost(sampler: EngineSampler, vocab_size: int) -> CallCost:
         return sampler.world.max(min(seconds(width, drawn) for _ in range(2)))
 
     best(1)
-    calls = [best(width) for width in _WIDTHS]
+    calls = list(accumulate((best(width) for width in _WIDTHS), max))  # a wider call is never cheaper: that is noise
     drawn = _WIDTHS[2]
     per_draw = max(0.0, best(drawn, drawn) - calls[2]) / (rows * (drawn - 1))
     return CallCost(tuple(rows * width for width in _WIDTHS), tuple(calls), per_draw)
@@ -108,8 +109,7 @@ def choose_block(
     cost: CallCost, requests: list[Request], limit: BatchLimit, world_size: int
 ) -> tuple[int | None, dict[str, float]]:
     """The W with the least predicted seconds, 1 unless another is clearly better; and all predictions, by name."""
-    step = -(-len(requests) // _REQUESTS)
-    some = requests[::step]
+    some = requests[:: -(-len(requests) // _REQUESTS) or 1]
     seconds = {name(block): predict_seconds(cost, some, block, limit, world_size) for block in CANDIDATES}
     block = min(CANDIDATES, key=lambda block: seconds[name(block)])
     return (block if seconds[name(block)] <= WORTH_IT * seconds[name(1)] else 1), seconds

@@ -161,6 +161,9 @@ def _advance(feed: Feed, drawn: list[Draw], block: int | None, stats: SamplerSta
     row, coins = feed.row, feed.coins
     changed = [i for i, t in enumerate(coins) if row.tokens[row.start + t] != drawn[i].token]
     final = changed[0] + 1 if changed else len(coins)  # coins of this block that can no longer change
+    stop = next((i for i in range(final) if drawn[i].token in row.request.stop_ids), None)
+    if stop is not None:
+        final = stop + 1
     _count(row, coins, drawn, final, stats)
     for i in changed:
         row.tokens[row.start + coins[i]] = drawn[i].token
@@ -168,13 +171,13 @@ def _advance(feed: Feed, drawn: list[Draw], block: int | None, stats: SamplerSta
     row.cached = row.start + coins[changed[0]] if changed else feed.end
     row.next_coin += final
     first_open = coins[final - 1] + 1
-    for t, draw in zip(coins[:final], drawn[:final], strict=True):
-        if draw.token in row.request.stop_ids:
-            del row.tokens[row.start + t + 1 :]
-            row.coin_positions = []
-            row.result.stopped = True
-            return
-        if row.lookup is not None:
+    if stop is not None:
+        del row.tokens[row.start + first_open :]
+        row.coin_positions = []
+        row.result.stopped = True
+        return
+    if row.lookup is not None:
+        for draw in drawn[:final]:
             row.lookup.append(draw.token)
     row.guess_end = max(row.guess_end, first_open)
     if row.lookup is not None and (changed or row.guess_end == first_open) and block != 1:

@@ -89,14 +89,29 @@ def free_bytes(world: World) -> float:
     return available / hosts.count(socket.gethostname())
 
 
-def _control_group_headroom() -> float:
-    """Bytes below the limit of a version 2 control group, as containers and SLURM set it; infinite without."""
-    folder = Path("/sys/fs/cgroup")
+def _control_group_headroom(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes below the lowest limit of this process's version 2 control groups, as containers and SLURM set them.
+
+    Pages of files that were read count as used, but the system takes them back when memory is asked for.
+    """
+    headroom = float("inf")
     try:
-        most, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-    except OSError:
-        return float("inf")
-    return float("inf") if most == "max" else float(most) - float(used)
+        line = next(line for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return headroom
+    group = root / line.removeprefix("0::").strip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            most = (folder / "memory.max").read_text().strip()
+            used = float((folder / "memory.current").read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue  # the root has none, and a container may hide what is above it
+        if most != "max":
+            headroom = min(headroom, float(most) - used + float(statistics["file"]))
+    return headroom
 
 
 def _optimizer_bytes_to_come(engine: Any, world: World) -> float:

@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssgen_ds.modeling.cached import CachedCausalLM
-from ssgen_ds.selfgen import strategy as module
 from ssgen_ds.selfgen.engine_sampler import BatchLimit, deal
 from ssgen_ds.selfgen.requests import Request
-from ssgen_ds.selfgen.strategy import cache_bytes_per_token, choose_strategy
+from ssgen_ds.selfgen.strategy import _control_group_headroom, cache_bytes_per_token, choose_strategy
 from tests.support.tiny_models import FAMILIES, tiny_model
 
 SHARDS = SimpleNamespace(total_bytes=900.0, largest_unit_bytes=100.0)  # 1000 bytes more when gathered
@@ -80,10 +79,18 @@ def test_cache_bytes_are_those_of_the_real_cache(family):
     assert sum(tensor.nbytes for tensor in tensors) == 2 * 10 * cache_bytes_per_token(model)
 
 
-@pytest.mark.parametrize(("most", "expected"), [("1000\n", 700.0), ("max\n", float("inf")), (None, float("inf"))])
-def test_control_group(tmp_path, monkeypatch, most, expected):
-    if most is not None:
-        (tmp_path / "memory.max").write_text(most)
-        (tmp_path / "memory.current").write_text("300\n")
-    monkeypatch.setattr(module, "Path", lambda _: tmp_path)
-    assert module._control_group_headroom() == expected
+def test_control_group(tmp_path):
+    """The lowest limit from this process's group upwards; pages of read files do not count as used."""
+    root, job = tmp_path / "cgroup", tmp_path / "cgroup" / "slurm" / "job_7"
+    own = tmp_path / "own"
+    own.write_text("1:cpu:/elsewhere\n0::/slurm/job_7\n")
+    assert _control_group_headroom(root, own) == float("inf")
+    job.mkdir(parents=True)
+    for folder, most, used, cached in ((job, "max", 300, 100), (job.parent, "1000", 500, 50)):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\nfile {cached}\n")
+    assert _control_group_headroom(root, own) == 550
+    (job / "memory.max").write_text("600\n")
+    assert _control_group_headroom(root, own) == 400
+    assert _control_group_headroom(root, tmp_path / "missing") == float("inf")
