@@ -55,6 +55,7 @@ def fit_and_export(recipe: Recipe, world: World, stop: StopFlag) -> None:
     if world.is_main:
         mark_finished(run_dir, trainer.state.step)
         print(f"model:  {run_dir / 'model'}\nreport: {write_report(run_dir)}")
+    trainer.engine.destroy()  # its hooks would keep the model in memory
     world.barrier()
 
 

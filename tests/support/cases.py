@@ -7,6 +7,7 @@ SSGEN_CASES=TEXT runs only the cases whose name contains it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ def main(module: str, out: str) -> None:
             except BaseException:
                 Path(f"{out}.error").write_text(f"{name}, rank {world.rank}:\n{traceback.format_exc()}", "utf-8")
                 raise
+            gc.collect()  # engines hold themselves in cycles; many cases share this process
             world.barrier()
             results[name] = {"result": result, "seconds": time.perf_counter() - start}
             if world.is_main:
