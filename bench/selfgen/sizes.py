@@ -22,6 +22,7 @@ class Sizes:
     max_new_tokens: int = 64  # S5
     train_steps: int = 3  # between the visits of S6
     repeats: int = 3
+    close_repeats: int = 9  # of sides that differ by little
     slow_repeats: int = 1
     plot_mix_rates: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5)
     plot_num_tokens: tuple[int, ...] = (32, 64, 128)
@@ -31,5 +32,11 @@ class Sizes:
 SMOLLM2 = Sizes()
 # As many tokens, for the same bars apply to calls; a random model of two layers says nothing about time.
 TINY = Sizes(
-    max_prompt_tokens=64, max_new_tokens=24, repeats=2, slow_repeats=2, plot_num_tokens=(32, 128), timeout_seconds=300.0
+    max_prompt_tokens=64,
+    max_new_tokens=24,
+    repeats=2,
+    close_repeats=2,
+    slow_repeats=2,
+    plot_num_tokens=(32, 128),
+    timeout_seconds=300.0,
 )

@@ -121,7 +121,7 @@ def plot(points: list[dict[str, float]], file: Path) -> None:
         axes.plot(rates, [p["passes"] for p in line], "o-", color=f"C{number}", label=f"passes, T = {num_tokens}")
         axes.plot(rates, [p["coins"] for p in line], ":", color=f"C{number}", label=f"coin to coin, T = {num_tokens}")
     axes.set(xlabel="mix_rate", ylabel="model calls a row", ylim=(0, None))
-    axes.set_title("Exact scheduled sampling: parallel passes against sequential calls")
+    axes.set_title("Exact scheduled sampling in few passes")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)

@@ -34,7 +34,7 @@ FLIP_RATE, FLIP_RATE_PER_SHARE = 0.22, 0.45
 # Share of passes over a draft in which a look-up proposes something, and the chance that a proposed token holds when
 # all before it did: first visits, XSum and FiQA, temperature 1.
 PROPOSE_RATE, HOLD_RATE = 0.25, 0.4
-WORTH_IT = 0.95  # of W = 1's seconds: a prediction that gains less is not trusted
+WORTH_IT = 0.85  # of W = 1's seconds: predictions were off by up to 15 %, so one that gains less is not trusted
 _REQUESTS = 64  # simulated at most
 _WIDTHS, _ROWS = (1, 4, 16, 32), 8  # calls measured
 
