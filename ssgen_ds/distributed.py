@@ -13,8 +13,8 @@ import platform
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,23 +22,29 @@ import torch
 import torch.distributed as dist
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.phases import Phases, phases_from_environment
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place, and its device."""
+    """This rank's place, its device, and what it is doing."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup
+    phases: Phases = field(default_factory=Phases)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def phase(self, name: str, step: int | None = None) -> AbstractContextManager[None]:
+        """Be in this phase of the (1-based) step inside; see `phases.py`."""
+        return self.phases.enter(name, step)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -141,7 +147,7 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
         )
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
-        yield World(rank, local_rank, size, device, control)
+        yield World(rank, local_rank, size, device, control, phases_from_environment(rank))
     finally:
         dist.destroy_process_group()
 
