@@ -1,18 +1,22 @@
 # make demo: set up and run the main job on the embedded model and data.   make test: set up and pass the tests.
+# make test-faults: every fault of docs/clusters.md on real ranks.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-faults lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
 	  deepspeed --num_accelerators 2 --module ssgen_ds.train recipes/demo.yaml
 
 test: setup lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not faults"
+
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ssgen_ds import checkpoint, run_folder
+from ssgen_ds.checkpoint import TrainState
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
@@ -28,7 +29,6 @@ from ssgen_ds.selfgen.engine_sampler import inference_mode
 from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.selfgen.strategy import build_sampler
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.trainer import Trainer
 
 
@@ -48,6 +48,7 @@ class Foundations:
 
     recipe: Recipe
     checkpoint: Path | None
+    state: TrainState  # at which training starts: the checkpoint's, or step 0
     ds_config: dict[str, Any]
     inputs: Inputs
     total_steps: int
@@ -63,8 +64,13 @@ def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
     ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
     world.together(lambda: _refuse(missing_packages(recipe.log)))
     inputs = prepare_inputs(recipe, world)
+    state = TrainState(0, 0, inputs.datasets.fingerprint, world.size, zero_stage(ds_config))
+    if checkpoint_path is not None:
+        saved = world.together(lambda: checkpoint.read_state(checkpoint_path))
+        world.together(lambda: checkpoint.check_resumable(checkpoint_path, saved, state))
+        state = saved
     total_steps = recipe.train.max_steps or recipe.train.epochs * inputs.datasets.plan.steps_per_epoch
-    return Foundations(recipe, checkpoint_path, ds_config, inputs, total_steps)
+    return Foundations(recipe, checkpoint_path, state, ds_config, inputs, total_steps)
 
 
 def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
@@ -132,15 +138,10 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     return engine
 
 
-def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Trainer:
+def build_trainer(foundations: Foundations, world: World) -> Trainer:
     """The trainer at its starting point: step 0, or the checkpoint's."""
     recipe, path = foundations.recipe, foundations.checkpoint
-    stage = zero_stage(foundations.ds_config)
-    state = checkpoint.TrainState(0, 0, foundations.inputs.datasets.fingerprint, world.size, stage)
-    if path is not None:
-        saved = world.together(lambda: checkpoint.read_state(path))
-        world.together(lambda: checkpoint.check_resumable(path, saved, state))
-        state = saved
+    stage, state = zero_stage(foundations.ds_config), foundations.state
     engine = build_engine(foundations, world)
     if path is not None:
         checkpoint.load_engine(engine, path, adapter_only=recipe.adapter.kind != "none")
@@ -165,7 +166,6 @@ def build_trainer(foundations: Foundations, world: World, stop: StopFlag) -> Tra
         total_steps=foundations.total_steps,
         logbook=logbook,
         progress=progress,
-        stop=stop,
         resumed_round=None if path is None or recipe.method.name == "sft" else path / "round.parquet",
     )
 

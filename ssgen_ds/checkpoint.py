@@ -83,9 +83,12 @@ def save_checkpoint(
             shutil.rmtree(old)
 
     world.together(prepare)
-    engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=adapter_only)
+    with world.phase("shard"):
+        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=adapter_only)
+    world.phases.tick("written")
     world.barrier()
-    world.together(lambda: finish() if world.is_main else None)
+    with world.phase("publish"):
+        world.together(lambda: finish() if world.is_main else None)
     return final
 
 

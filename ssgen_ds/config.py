@@ -162,6 +162,15 @@ class CheckpointConfig(Section):
     keep: Positive = 2
 
 
+class RecoveryConfig(Section):
+    """Seconds, and how often a run may crash at the same step."""
+
+    rendezvous: Annotated[float, Field(gt=0)] = 120.0  # for all ranks to meet at the start
+    rank_silence: Annotated[float, Field(ge=3)] = 60.0  # without a sign of life of a rank: the others end
+    collective_timeout: Annotated[float, Field(ge=3)] = 1800.0  # without progress on any rank: all end
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # that got no further than the run before; 0: no limit
+
+
 class LogConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
@@ -178,6 +187,7 @@ class Recipe(Section):
     selfgen: SelfgenConfig = SelfgenConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     log: LogConfig = LogConfig()
     output_dir: str
     resume: str = "auto"  # auto | never | PATH of a checkpoint
@@ -189,7 +199,7 @@ REQUIRED: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": ["-"]}, "t
 # Keys that may differ on resume: they change where or how often something is written or how the arithmetic is cut up,
 # not what is trained.
 FREE_ON_RESUME = (
-    "output_dir", "resume", "log.", "checkpoint.", "eval.", "train.micro_batch",
+    "output_dir", "resume", "log.", "checkpoint.", "recovery.", "eval.", "train.micro_batch",
     "model.gradient_checkpointing", "selfgen.batch", "selfgen.strategy", "selfgen.block",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import ctypes
 import io
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,8 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ssgen_ds.errors import UserError
+from ssgen_ds.config import RecoveryConfig
+from ssgen_ds.errors import EXIT_FAILURE, RankLost, StopRequested, UserError
 from ssgen_ds.phases import Phases, phases_from_environment
+from ssgen_ds.rendezvous import Place, connect, join
+from ssgen_ds.signals import StopFlag
+from ssgen_ds.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -37,6 +42,8 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     phases: Phases = field(default_factory=Phases)
+    stop: StopFlag = field(default_factory=StopFlag)
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -51,9 +58,13 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
-        value = torch.tensor([int(flag)])
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Whether each of the flags is set on some rank."""
+        value = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+        return [bool(item) for item in value.tolist()]
 
     def sum(self, *values: float) -> list[float]:
         """Float64 sums over all ranks."""
@@ -120,50 +131,88 @@ def map_slurm() -> None:
 
 
 @contextmanager
-def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
-    """Join the process group and leave it, also on errors."""
+def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = None) -> Iterator[World]:
+    """Join the process group and leave it, also on errors. `stop` is set when any rank was asked to stop.
+
+    A rank that fails tells the others, so that they end with its message rather than with broken connections.
+    """
+    limits, stop, launched = limits or RecoveryConfig(), stop or StopFlag(), "SLURM_PROCID" in os.environ
     map_slurm()
     env = os.environ
+    launched = launched or "RANK" in env
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))  # LOCAL_SIZE is deepspeed's
+    on_gpu = torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu"
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    place = Place(rank, size, local_rank, local_size, gpus, socket.gethostname())
+    store = join(place, limits.rendezvous)
+    phases = phases_from_environment(rank)
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own_store = dist.PrefixStore(f"ssgen/watch/{attempt}", connect(place, limits.rendezvous)) if size > 1 else None
+    watchdog = Watchdog(rank, size, local_rank, place.host, own_store, phases, stop, limits, launched)
+    watchdog.start()
+    try:
+        device = _device(on_gpu, local_rank % max(1, gpus), local_size)
+        control = _init_backend(store, place, device, limits.collective_timeout)
+        yield World(rank, local_rank, size, device, control, phases, stop, watchdog)
+    except (UserError, StopRequested, KeyboardInterrupt, SystemExit):
+        raise  # all ranks raise it together
+    except BaseException as error:
+        _end_with_the_others(error, watchdog, place)
+        raise
+    finally:
+        watchdog.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(on_gpu: bool, index: int, local_size: int) -> torch.device:
+    if on_gpu:
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    else:
-        env.setdefault("DS_ACCELERATOR", "cpu")
-        device = torch.device("cpu")
-        _keep_freed_memory()
-        if "OMP_NUM_THREADS" not in env:  # ranks of one machine share its cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(env.get("LOCAL_WORLD_SIZE", size))))
+        return device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return torch.device("cpu")
+
+
+def _init_backend(store: dist.Store, place: Place, device: torch.device, timeout_seconds: float) -> dist.ProcessGroup:
+    """torch's default group and DeepSpeed's view of it; returns the control group.
+
+    The control group's own limit is far away: rank 0 may tokenize or convert for long while the others wait there, and
+    the watchdog knows a rank that works from one that hangs.
+    """
     import deepspeed  # late: it reads DS_ACCELERATOR when imported
 
-    with redirect_stdout(io.StringIO()), _port_errors():  # on a CPU it prints which operator it has built
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-    try:
-        yield World(rank, local_rank, size, device, control, phases_from_environment(rank))
-    finally:
-        dist.destroy_process_group()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    with redirect_stdout(io.StringIO()):  # on a CPU it prints which operator it has built
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
-@contextmanager
-def _port_errors() -> Iterator[None]:
-    """Two jobs on one machine with their launchers' default port: the second one's user needs to know which option."""
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(
-            f"port {os.environ['MASTER_PORT']} is in use, perhaps by another job on this machine; name another: "
-            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N with srun"
-        ) from None
+def _end_with_the_others(error: BaseException, watchdog: Watchdog, place: Place) -> None:
+    """Whose fault is it? A broken connection is that of a rank that has left; anything else is this rank's own."""
+    where = f"rank {place.rank} on {place.host}, {watchdog.phases.failed_in or watchdog.phases.place}"
+    text = f"{where}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if isinstance(error, RuntimeError) and _BROKEN.search(str(error)):
+        gone = watchdog.blame()
+        if verdict := watchdog.verdict():  # that rank's traceback is the one to read
+            raise SystemExit(EXIT_FAILURE) from RankLost(verdict)
+        text = f"{gone} ({where})" if gone else text
+        watchdog.fail(text)
+        watchdog.last_words(text)
+        raise RankLost(text) from None
+    watchdog.fail(text)
+    watchdog.last_words(text)
+
+
+_BROKEN = re.compile(r"closed by peer|reset by peer|Connection refused|Broken pipe|remote process exited|Socket", re.I)
 
 
 def _keep_freed_memory() -> None:

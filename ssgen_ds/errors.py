@@ -18,3 +18,11 @@ class UserError(Exception):
 
 class StopRequested(Exception):
     """Raised at a safe point after a signal, on every rank, once a complete checkpoint is written."""
+
+
+class GenerationInterrupted(Exception):
+    """A stop was requested while the model generated; raised on every rank at the same place."""
+
+
+class RankLost(Exception):
+    """Another rank has gone; the message names it and where it was last seen."""

@@ -91,6 +91,8 @@ class Phases:
     clock: Callable[[], float] = time.monotonic
     step: int = 0  # 1-based optimizer step in progress; 0 before the first
     names: tuple[str, ...] = ("start",)
+    failed_in: str = ""  # the innermost place that the last exception has left
+    _failure: int = 0
     progress: float = field(init=False)  # clock time of the last phase entered or left, or tick
 
     def __post_init__(self) -> None:
@@ -101,9 +103,13 @@ class Phases:
         """Be in phase `name` inside; `step` is the 1-based optimizer step, the enclosing phase's when not given."""
         outer = self.names, self.step
         self.names, self.step = (*self.names, name), self.step if step is None else step
-        self.tick(name)
         try:
+            self.tick(name)
             yield
+        except BaseException as error:
+            if id(error) != self._failure:
+                self._failure, self.failed_in = id(error), self.place
+            raise
         finally:
             self.names, self.step = outer
             self.progress = self.clock()
@@ -115,9 +121,8 @@ class Phases:
             self._strike(name)
 
     def _strike(self, name: str) -> None:
-        for fault in [
-            item for item in self.faults if (item.phase, item.rank, item.step) == (name, self.rank, self.step)
-        ]:
+        here = (name, self.rank, self.step)
+        for fault in [item for item in self.faults if (item.phase, item.rank, item.step) == here]:
             self.faults.remove(fault)
             fault.strike()
 

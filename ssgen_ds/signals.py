@@ -1,4 +1,4 @@
-"""Stop on request. The handler only records; ranks agree at the next step (`World.any`)."""
+"""Stop on request. The handler only records; ranks agree at the sampler's next pass or at the next step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """Set by the first stop signal; a second Ctrl-C interrupts at once."""
+    """Set by the first stop signal, here or on another rank; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.is_set = False

@@ -38,7 +38,8 @@ def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStat
     grad_norm = _local_grad_norm(engine)
     if world.any(not math.isfinite(loss) or not math.isfinite(grad_norm)):
         raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: the weights were left as they were")
-    engine.step()
+    with world.phase("optimizer"):
+        engine.step()
     if not engine.was_step_applied():
         raise NonFiniteError("the gradient is not finite; DeepSpeed skipped the update, the weights are as they were")
     return StepStats(loss, grad_norm if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()))
@@ -50,9 +51,11 @@ def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
         engine.set_gradient_accumulation_boundary(i == last)
-        nll_N = token_nll(engine, batch.input_ids_BL, batch.labels_BL, batch.lengths_B)
-        micro_sum = (nll_N * batch.weights_N).sum()
-        engine.backward(micro_sum * (world.size / window.global_weight), scale_wrt_gas=False)
+        with world.phase("forward"):
+            nll_N = token_nll(engine, batch.input_ids_BL, batch.labels_BL, batch.lengths_B)
+            micro_sum = (nll_N * batch.weights_N).sum()
+        with world.phase("backward"):
+            engine.backward(micro_sum * (world.size / window.global_weight), scale_wrt_gas=False)
         weighted_sum += micro_sum.detach().double().cpu()
     return world.sum(weighted_sum.item())[0] / window.global_weight
 

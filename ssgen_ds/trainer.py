@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,7 +15,7 @@ from ssgen_ds.checkpoint import TrainState, save_checkpoint
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import StepPlan
 from ssgen_ds.distributed import World
-from ssgen_ds.errors import StopRequested
+from ssgen_ds.errors import GenerationInterrupted, StopRequested
 from ssgen_ds.logbook import Logbook
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.engine_sampler import inference_mode
@@ -24,7 +24,6 @@ from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, RoundStats, Slot
 from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
 from ssgen_ds.selfgen.store import read_round, round_path, write_round
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.step import NonFiniteError, StepStats, evaluation_loss, learning_rate_at, train_step
 from ssgen_ds.window import Sequence, Window, build_window
 
@@ -44,8 +43,11 @@ class Trainer:
     total_steps: int
     logbook: Logbook | None  # rank 0 only
     progress: Progress
-    stop: StopFlag
     resumed_round: Path | None = None  # the checkpoint's copy of the round in progress
+    saved_step: int = field(init=False)  # the newest step that need not be saved
+
+    def __post_init__(self) -> None:
+        self.saved_step = self.state.step
 
     @property
     def run_dir(self) -> Path:
@@ -58,7 +60,11 @@ class Trainer:
         round_stats = RoundStats()
         for step in range(self.state.step, self.total_steps):
             if step not in slots:
-                slots, records, round_stats = self._open_round(step)
+                try:
+                    with self.world.phase("generate", step + 1):
+                        slots, records, round_stats = self._open_round(step)
+                except GenerationInterrupted:
+                    self._stop()
             started = time.perf_counter()
             sequences = [
                 sequence
@@ -68,12 +74,14 @@ class Trainer:
             window = self._window(sequences)
             lr = self._learning_rate(step)
             torch.manual_seed(step_seed(self.recipe.train.seed, step, self.world.rank))
-            stats = self._step(window, lr, step, slots[step])
+            with self.world.phase("train", step + 1):
+                stats = self._step(window, lr, step, slots[step])
             seconds = time.perf_counter() - started
             self.state = replace(self.state, step=step + 1, round=self._round(step))
             row = self._row(step, stats, window, lr, slots[step], records[step], seconds)
             row |= self._round_row(round_stats if step == min(slots) else RoundStats(), records)
-            row |= self._evaluate(step)
+            with self.world.phase("evaluate", step + 1):
+                row |= self._evaluate(step)
             self._log(row)
             self._save_and_stop(step)
 
@@ -204,11 +212,20 @@ class Trainer:
 
     def _save_and_stop(self, step: int) -> None:
         every, done = self.recipe.checkpoint.every, step + 1
-        stopping = self.world.any(self.stop.is_set)
-        if stopping or done == self.total_steps or (every is not None and done % every == 0):
-            self.save()
-        if stopping and done < self.total_steps:
-            raise StopRequested(f"stopped on request at step {done}; the checkpoint is complete: start again to go on")
+        if done == self.total_steps or (every is not None and done % every == 0):
+            with self.world.phase("save", done):
+                self.save()
+        if self.world.any(self.world.stop.is_set) and done < self.total_steps:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Leave with a complete checkpoint of the steps done; a round that was begun is generated again."""
+        step = self.state.step
+        if self.saved_step != step:
+            with self.world.phase("save", step):
+                self.save()
+        what = f"at step {step}; the checkpoint is complete" if step else "before the first step was done"
+        raise StopRequested(f"stopped on request {what}: start again to go on")
 
     def save(self) -> None:
         """A complete checkpoint of the current state."""
@@ -222,6 +239,7 @@ class Trainer:
             keep=self.recipe.checkpoint.keep,
             world=self.world,
         )
+        self.saved_step = self.state.step
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

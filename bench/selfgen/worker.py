@@ -16,11 +16,12 @@ from ssgen_ds.launch import guarded
 def main(arguments: list[str]) -> None:
     from bench.selfgen import ranks, single
     from bench.selfgen.work import build_work
+    from ssgen_ds.config import RecoveryConfig
     from ssgen_ds.distributed import process_group
 
     path, sizes_text, names_text, out = arguments
     names = names_text.split(",")
-    with process_group(timeout_seconds=600) as world:
+    with process_group(RecoveryConfig(collective_timeout=600)) as world:
         work = world.main_first(lambda: build_work(path, Sizes(**json.loads(sizes_text))))
         if names[0] in RANK_ROWS:
             bench, functions = ranks.build_rank_bench(work, world), ranks.ROWS

@@ -3,6 +3,10 @@
 With `sharded` parameters every forward is a collective, and ranks need different numbers of them. A rank announces each
 call before it makes it; one that has run out of work keeps taking part until nobody announces any more. So the number
 of forwards is the same everywhere, whatever the passes, the stop ids or the batches are.
+
+A stop that was requested of any rank ends the generation: with `sharded` parameters the announcement carries it, and
+all leave before the same call; otherwise each rank leaves before its next one, the watchdog spreads the request within
+a second, and the ranks agree when they put their results together.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ssgen_ds.distributed import World
+from ssgen_ds.errors import GenerationInterrupted
 from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.shards import Shards
 from ssgen_ds.selfgen.filters import Sampling
@@ -93,7 +98,20 @@ class EngineSampler:
                 yield lambda: None
         else:
             with self.shards.sharded():
-                yield lambda: self.world.any(True)
+                yield self._announce
+
+    def _announce(self, has_work: bool = True) -> bool:
+        """Whether any rank makes one more call; GenerationInterrupted on all ranks when one was asked to stop."""
+        somebody_calls, stop = self.world.any_of(has_work, self.world.stop.is_set)
+        if stop:
+            raise GenerationInterrupted
+        return somebody_calls
+
+    def _before_sampling_call(self) -> None:
+        self.world.phases.tick("pass")
+        if self.strategy != SHARDED and self.world.stop.is_set:
+            raise GenerationInterrupted
+        self._before_call()
 
     def model(self) -> CachedCausalLM:
         """The module as the sampler's model; only while `ready`."""
@@ -105,38 +123,56 @@ class EngineSampler:
         """Results in the order of the requests, costs summed over the ranks, and the seconds it took.
 
         In lower precision than float32 some requests are drawn once more at the end, and what differs is counted.
+        Raises GenerationInterrupted on all ranks when one of them was asked to stop.
         """
         start = time.perf_counter()
-        world, rows = self.world, self.limit.rows_for(requests)
+        world = self.world
         indices = deal(requests, world.rank, world.size)
-        mine = [requests[i] for i in indices]
         with self.ready():
-            model = self.model()
-            results, stats = sample_fixed_point(
-                model,
-                mine,
-                sampling,
-                block,
-                world.device,
-                rows,
-                lambda done: progress(min(done * world.size, len(requests)), len(requests)),
-            )
-            if self.module.dtype != torch.float32:
-                some = slice(0, min(rows, _VERIFIED))
-                stats.add(count_mismatches(model, mine[some], results[some], sampling, world.device))
+            try:
+                on_done = _progress_of_all(progress, world.size, len(requests))
+                mine = self._sample_mine([requests[i] for i in indices], requests, sampling, block, on_done)
+            except GenerationInterrupted:
+                if self.strategy == SHARDED:
+                    raise  # all ranks have left before the same call
+                mine = None
             self.finish()
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
-        for some, cost in world.gather((dict(zip(indices, results, strict=True)), stats)):
-            results_by_index.update(some)
+        for rank, part in enumerate(world.gather(mine)):
+            if part is None:
+                raise GenerationInterrupted
+            results, cost = part
+            results_by_index.update(zip(deal(requests, rank, world.size), results, strict=True))
             total.add(cost)
         return [results_by_index[i] for i in range(len(requests))], total, time.perf_counter() - start
+
+    def _sample_mine(
+        self,
+        mine: list[Request],
+        everyones: list[Request],
+        sampling: Sampling,
+        block: int | None,
+        on_done: Callable[[int], None],
+    ) -> tuple[list[Sampled], SamplerStats]:
+        model = CachedCausalLM(self.module, self._before_sampling_call)
+        rows, device = self.limit.rows_for(everyones), self.world.device
+        results, stats = sample_fixed_point(model, mine, sampling, block, device, rows, on_done)
+        if self.module.dtype != torch.float32:
+            some = slice(0, min(rows, _VERIFIED))
+            stats.add(count_mismatches(model, mine[some], results[some], sampling, device))
+        return results, stats
 
     def finish(self) -> None:
         """Answer the calls of the ranks that are still at work. All ranks call it when their own work is done."""
         if self.strategy == SHARDED:
-            while self.world.any(False):
+            while self._announce(has_work=False):
                 self.shards.take_part()
+
+
+def _progress_of_all(progress: Progress, ranks: int, total: int) -> Callable[[int], None]:
+    """What one rank has done stands for what each has."""
+    return lambda done: progress(min(done * ranks, total), total)
 
 
 @contextmanager

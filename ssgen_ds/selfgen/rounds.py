@@ -140,9 +140,10 @@ class RoundGenerator:
         phase: str,
         progress: PhaseProgress,
     ) -> list[Sampled]:
-        results, cost, _ = self.sampler.sample(
-            requests, sampling, block, lambda done, total: progress(phase, done, total)
-        )
+        with self.sampler.world.phase(phase):
+            results, cost, _ = self.sampler.sample(
+                requests, sampling, block, lambda done, total: progress(phase, done, total)
+            )
         stats.sampler.add(cost)
         stats.block += f"{', ' if stats.block else ''}{phase} {name(block)}"
         return results

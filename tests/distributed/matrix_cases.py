@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ssgen_ds.distributed import World
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.train import fit_and_export
 from tests.support.tiny_runs import tiny_recipe
 
@@ -33,7 +32,7 @@ def train_case(method: str, adapter: str, stage: int):
             deepspeed=f"ds_configs/zero{stage}.json",
         )
         torch.manual_seed(world.rank)  # nothing may depend on the global generator
-        fit_and_export(recipe, world, StopFlag())
+        fit_and_export(recipe, world)
         lines = Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()
         return {"rows": [json.loads(line) for line in lines]}
 

@@ -24,11 +24,11 @@ from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.rac import free_request
 from ssgen_ds.selfgen.rounds import Generated
 from ssgen_ds.selfgen.store import read_round
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.step import NonFiniteError, accumulate_gradients, train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.trainer import Trainer
 from ssgen_ds.window import Sequence, build_window
+from tests.support.stopping import stopping
 from tests.support.tiny_runs import tiny_recipe
 
 Case = Callable[[World, Path], Any]
@@ -37,7 +37,7 @@ Case = Callable[[World, Path], Any]
 def trainer_for(recipe: Recipe, world: World) -> Trainer:
     foundations = lay_foundations(recipe, world)
     assert foundations is not None
-    return build_trainer(foundations, world, StopFlag())
+    return build_trainer(foundations, world)
 
 
 def fresh(folder: Path, name: str, world: World, **overrides: Any) -> Recipe:
@@ -121,14 +121,12 @@ def resume_case(adapter: str, stage: int, method: str, **more: Any) -> Case:
             "eval__every": 2,
         } | more
         whole = fresh(folder, f"whole-{adapter}-{stage}-{method}", world, **settings)
-        fit_and_export(whole, world, StopFlag())
+        fit_and_export(whole, world)
         cut = fresh(folder, f"cut-{adapter}-{stage}-{method}", world, **settings)
         stops = 0
         for _ in range(10):
-            stop = StopFlag()
-            stop.is_set = True
             try:
-                fit_and_export(cut, world, stop)
+                fit_and_export(cut, stopping(world))
                 break
             except StopRequested:
                 stops += 1
@@ -171,10 +169,8 @@ def earlier_visits_case(stage: int) -> Case:
             )
             generated: list[dict[str, Any]] = []
             for _ in range(1 if name == "whole" else 4):
-                stop = StopFlag()
-                stop.is_set = name != "whole"
                 with suppress(StopRequested):
-                    fit_and_export(recipe, world, stop)
+                    fit_and_export(recipe, world if name == "whole" else stopping(world))
                 if name == "bare" or len(tokens_of(Path(recipe.output_dir))) == 4:
                     groups = tokens_of(Path(recipe.output_dir))
                     generated += [asdict(item) for group in groups for item in group]
@@ -201,7 +197,7 @@ def same_as_sft_case(**overrides: Any) -> Case:
         hashes = []
         for name, settings in (("sft", {"method__name": "sft"}), ("off", overrides)):
             recipe = fresh(folder, f"identity-{name}", world, deepspeed="ds_configs/zero2.json", **settings)
-            fit_and_export(recipe, world, StopFlag())
+            fit_and_export(recipe, world)
             hashes.append(weights_hash(Path(recipe.output_dir)))
         return hashes[0] == hashes[1]
 
@@ -276,7 +272,7 @@ def rewrite_case(stage: int) -> Case:
             method__rac__rewrite_cue="Gold: {reference}",
             data__max_response_tokens=12,
         )
-        fit_and_export(recipe, world, StopFlag())
+        fit_and_export(recipe, world)
         return [asdict(generated) for group in tokens_of(Path(recipe.output_dir)) for generated in group]
 
     return case
@@ -362,7 +358,7 @@ def refused_case(**overrides: Any) -> Case:
         message = ""
         try:
             recipe = fresh(folder, "refused", world, **overrides)
-            fit_and_export(recipe, world, StopFlag())
+            fit_and_export(recipe, world)
         except UserError as error:
             message = str(error)
         messages = world.gather(message)
@@ -404,7 +400,7 @@ def mixture_case(world: World, folder: Path) -> dict[str, Any]:
         train__epochs=2,
         eval__every=4,
     )
-    fit_and_export(recipe, world, StopFlag())
+    fit_and_export(recipe, world)
     rows = metrics_of(Path(recipe.output_dir))
     return {
         "steps": len(rows),
@@ -423,16 +419,16 @@ def empty_data_case(world: World, folder: Path) -> str:
 def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
     """Starting another recipe, or something else, in the folder of a finished run: refused, nothing overwritten."""
     recipe = fresh(folder, "owner", world)
-    fit_and_export(recipe, world, StopFlag())
+    fit_and_export(recipe, world)
     run_dir = Path(recipe.output_dir)
     files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     messages = {}
     for name, overrides in (("changed", {"train__lr": 0.5, "method__name": "bss"}), ("never", {"resume": "never"})):
         try:
-            fit_and_export(tiny_recipe(folder, run_dir, adapter__rank=4, **overrides), world, StopFlag())
+            fit_and_export(tiny_recipe(folder, run_dir, adapter__rank=4, **overrides), world)
         except UserError as error:
             messages[name] = str(error)
-    fit_and_export(recipe, world, StopFlag())  # finished: says so, touches nothing
+    fit_and_export(recipe, world)  # finished: says so, touches nothing
     world.barrier()
     assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     return messages
@@ -455,7 +451,7 @@ def bf16_case(adapter: str, stage: int) -> Case:
                 deepspeed=f"ds_configs/zero{stage}.json",
                 train__lr=1e-3,
             )
-            fit_and_export(recipe, world, StopFlag())
+            fit_and_export(recipe, world)
             rows = metrics_of(Path(recipe.output_dir))
             losses[dtype] = [row["loss"] for row in rows]
         return losses | {"mismatches": [row["selfgen_mismatches"] for row in rows]}
@@ -467,7 +463,7 @@ def offload_case(world: World, folder: Path) -> dict[str, list[float]]:
     losses = {}
     for name, file in (("resident", "zero3"), ("offloaded", "zero3_offload")):
         recipe = fresh(folder, name, world, deepspeed=f"ds_configs/{file}.json", method__name="bss")
-        fit_and_export(recipe, world, StopFlag())
+        fit_and_export(recipe, world)
         losses[name] = [row["loss"] for row in metrics_of(Path(recipe.output_dir))]
     return losses
 
@@ -481,17 +477,15 @@ def resume_path_case(world: World, folder: Path) -> dict[str, Any]:
         "checkpoint__keep": 9,
     }
     whole = fresh(folder, "path-whole", world, **settings)
-    fit_and_export(whole, world, StopFlag())
+    fit_and_export(whole, world)
     path = Path(whole.output_dir) / "checkpoints" / "step-00000003"
     message = ""
     try:
-        fit_and_export(
-            fresh(folder, "path-other", world, **settings, resume=str(path), train__lr=0.5), world, StopFlag()
-        )
+        fit_and_export(fresh(folder, "path-other", world, **settings, resume=str(path), train__lr=0.5), world)
     except UserError as error:
         message = str(error)
     branch = fresh(folder, "path-branch", world, **settings, resume=str(path))
-    fit_and_export(branch, world, StopFlag())
+    fit_and_export(branch, world)
     one, two = Path(whole.output_dir), Path(branch.output_dir)
     return {
         "same_weights": weights_hash(one) == weights_hash(two),

@@ -9,7 +9,6 @@ from typing import Any
 
 from ssgen_ds.config import load_recipe
 from ssgen_ds.distributed import World
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.train import fit_and_export
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
@@ -32,7 +31,7 @@ def recipe_case(path: Path) -> Any:
     def case(world: World, folder: Path) -> bool:
         output = folder / "recipes" / path.stem
         overrides = [f"{key}={value}" for key, value in SMALL.items()] + [f"output_dir={output}"]
-        fit_and_export(load_recipe(path, overrides), world, StopFlag())
+        fit_and_export(load_recipe(path, overrides), world)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         assert (output / "report.html").is_file()
         return len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)

@@ -20,7 +20,6 @@ from ssgen_ds.selfgen.bss import bss_request
 from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.rac import free_request
 from ssgen_ds.selfgen.requests import Request
-from ssgen_ds.signals import StopFlag
 from ssgen_ds.step import train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.window import Sequence, build_window
@@ -31,6 +30,7 @@ from tests.distributed.numerics_cases import (
     trainer_for,
     uneven_case,
 )
+from tests.support.stopping import stopping
 
 STRATEGIES = ("sharded", "gathered")
 PARTITIONED = "tests/support/zero3_all_partitioned.json"
@@ -126,14 +126,12 @@ def auto_block_case(world: World, folder: Path) -> dict[str, Any]:
     )
     file = Path(recipe.output_dir) / "selfgen" / "call_cost.json"
     times = []
-    stop = StopFlag()
-    stop.is_set = True
     with suppress(StopRequested):
-        fit_and_export(recipe, world, stop)
+        fit_and_export(recipe, stopping(world))
     world.barrier()
     times.append(file.stat().st_mtime_ns)
     foundations = lay_foundations(recipe, world)
-    trainer = build_trainer(foundations, world, StopFlag())
+    trainer = build_trainer(foundations, world)
     examples = [slot.example for slot in trainer._slots(2)]
     requests = [bss_request(example, 0.5, 7) for example in examples]
     blocks, lines = trainer.generator.blocks, []

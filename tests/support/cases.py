@@ -18,12 +18,13 @@ from pathlib import Path
 
 
 def main(module: str, out: str) -> None:
+    from ssgen_ds.config import RecoveryConfig
     from ssgen_ds.distributed import process_group
     from ssgen_ds.launch import quiet_libraries
 
     quiet_libraries()
     results = {}
-    with process_group(timeout_seconds=300) as world:
+    with process_group(RecoveryConfig(collective_timeout=300)) as world:
         for name, case in importlib.import_module(module).CASES.items():
             if os.environ.get("SSGEN_CASES", "") not in name:
                 continue

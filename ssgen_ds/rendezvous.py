@@ -1,0 +1,172 @@
+"""Meeting of the ranks before anything heavy: a dead host, a missing or doubled rank and uneven nodes are found here.
+
+Every rank tells the store of rank 0 (under torchrun that of its agent) who it is; rank 0 looks at all of them and
+answers once. So a wrong launch ends on every rank with the same message, within seconds instead of a default timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ssgen_ds.errors import UserError
+
+_RETRY_SECONDS = 0.5
+_ANSWER_SECONDS = 30.0  # on top of the limit: rank 0 answers after it has waited that long for the others
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank as its launcher placed it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # ranks on this node
+    gpus: int  # visible to this rank; 0 on a CPU
+    host: str
+
+
+def join(place: Place, seconds: float) -> dist.Store:
+    """Meet all ranks at MASTER_ADDR:MASTER_PORT; the store that they share from then on.
+
+    Raises UserError, on every rank that got as far as the store the same one, when not all have come within `seconds`
+    or when they do not fit together.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
+    store = dist.PrefixStore(f"ssgen/{attempt}", connect(place, seconds))
+    store.set_timeout(timedelta(seconds=seconds))
+    came = store.add(f"came/{place.rank}", 1)
+    if came > 1:
+        raise UserError(_doubled(store, place))
+    store.set(f"place/{place.rank}", json.dumps(asdict(place)))
+    if place.rank == 0:
+        store.set("answer", json.dumps(_examine(store, place.size, seconds)))
+    try:
+        store.wait(["answer"], timedelta(seconds=seconds + _ANSWER_SECONDS))
+    except dist.DistError:
+        raise UserError(_at(place, f"rank 0 did not answer within {seconds + _ANSWER_SECONDS:.0f} s")) from None
+    problems = json.loads(store.get("answer"))
+    if problems:
+        raise UserError.from_list("the ranks do not fit together", problems)
+    return store
+
+
+def connect(place: Place, seconds: float) -> dist.TCPStore:
+    """A connection of its own to the store; rank 0 opens it first, unless torchrun's agent has."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = timedelta(seconds=seconds)
+    if place.rank == 0 and not hosted:
+        _resolve(place, host, port)
+        try:
+            return dist.TCPStore(host, port, place.size, True, limit, wait_for_workers=False, multi_tenant=True)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"port {port} is in use, perhaps by another job on this machine; name another: "
+                    "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N with srun"
+                ) from None
+            raise UserError(_at(place, f"cannot open the rendezvous {host}:{port}: {_first_line(error)}")) from None
+    _reach(place, host, port, seconds)
+    return dist.TCPStore(host, port, place.size, False, limit, wait_for_workers=False)
+
+
+def _resolve(place: Place, host: str, port: int) -> None:
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise UserError(
+            _at(place, f"the rendezvous host MASTER_ADDR={host} has no address ({error.strerror})")
+            + "; give a name or an address that every node can resolve"
+        ) from None
+
+
+def _reach(place: Place, host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens; torch's own store would say no more than that it timed out."""
+    _resolve(place, host, port)
+    deadline, problem = time.monotonic() + seconds, "no answer"
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise UserError(
+                _at(place, f"no rendezvous at MASTER_ADDR={host} MASTER_PORT={port} within {seconds:.0f} s ({problem})")
+                + "; is rank 0 running there, may this node reach that port? recovery.rendezvous is the limit"
+            )
+        try:
+            socket.create_connection((host, port), timeout=left).close()
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+            time.sleep(min(_RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+def _examine(store: dist.Store, size: int, seconds: float) -> list[str]:
+    """Rank 0's look at everybody: what is wrong, if anything."""
+    deadline = time.monotonic() + seconds
+    missing = list(range(size))
+    while missing and time.monotonic() < deadline:
+        missing = [rank for rank in missing if not store.check([f"place/{rank}"])]
+        if missing:
+            time.sleep(0.05)
+    places = [Place(**json.loads(store.get(f"place/{rank}"))) for rank in range(size) if rank not in missing]
+    return misfits(places, size, seconds)
+
+
+def misfits(places: list[Place], size: int, seconds: float) -> list[str]:
+    """One sentence for each thing that is wrong with the ranks that came within `seconds`."""
+    missing = sorted(set(range(size)) - {place.rank for place in places})
+    if missing:
+        return [
+            f"{len(missing)} of {size} ranks did not come within {seconds:.0f} s: {_ranks(missing)}; here are "
+            f"{_hosts(places)}; does the launcher's number of nodes and of ranks on each fit?"
+        ]
+    problems = []
+    sizes = sorted({place.size for place in places})
+    if len(sizes) > 1:
+        problems.append(f"WORLD_SIZE differs between the ranks: {', '.join(map(str, sizes))}; give every node the same")
+    for host, gpus, local in sorted({(place.host, place.gpus, place.local_size) for place in places}):
+        if 0 < gpus < local:
+            problems.append(f"{host} has {gpus} visible GPUs, but {local} ranks were started there; start {gpus}")
+    counts = {place.host: place.gpus for place in places}
+    if len(set(counts.values())) > 1:
+        seen = ", ".join(f"{host} {count}" for host, count in sorted(counts.items()))
+        problems.append(f"the nodes have different numbers of visible GPUs: {seen}; ask for equal ones")
+    return problems
+
+
+def _doubled(store: dist.Store, place: Place) -> str:
+    try:
+        other = Place(**json.loads(store.get(f"place/{place.rank}"))).host
+    except (dist.DistError, ValueError):
+        other = "another process"
+    return _at(
+        place,
+        f"there is a rank {place.rank} already, on {other}; every node needs its own --node_rank, "
+        "and SLURM_PROCID only tells ranks apart inside srun",
+    )
+
+
+def _at(place: Place, what: str) -> str:
+    return f"rank {place.rank} on {place.host}: {what}"
+
+
+def _hosts(places: list[Place]) -> str:
+    count = Counter(place.host for place in places)
+    return ", ".join(f"{number} on {host}" for host, number in sorted(count.items()))
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,172 @@
+"""FAULTS.md through the real launchers: faults are injected into real ranks, and the run that goes on is compared.
+
+The short ones run with `make test`; those marked `faults`, minutes each, with `make test-faults`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssgen_ds.config import dump_recipe
+from tests.e2e.test_launchers import rows, same_training, wait_until
+from tests.support.launch import Finished, deepspeed, finish, run, start, torchrun
+from tests.support.tiny_runs import make_inputs, tiny_recipe
+
+LIMIT = 150
+STEPS = 6
+LOST = 30  # seconds in which the others must end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    make_inputs(folder)
+    return folder
+
+
+def recipe_file(folder: Path, name: str, **overrides: object) -> Path:
+    settings = {
+        "method__name": "bss+rac",
+        "adapter__rank": 4,
+        "train__max_steps": STEPS,
+        "deepspeed": "ds_configs/zero3.json",
+        "checkpoint__every": 2,
+        **overrides,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_recipe(tiny_recipe(folder, folder / "runs" / name, **settings)), encoding="utf-8")
+    return file
+
+
+def train(folder: Path, name: str, fault: str = "", launcher=torchrun, **overrides: object) -> Finished:
+    extra = {"SSGEN_FAULT": fault} if fault else {}
+    return run(launcher("ssgen_ds.train", str(recipe_file(folder, name, **overrides))), LIMIT, **extra)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    result = train(folder, "reference")
+    assert result.returncode == 0, result
+    return folder / "runs" / "reference"
+
+
+def complete(run_dir: Path) -> list[str]:
+    return sorted(marker.parent.name for marker in (run_dir / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def assert_goes_on(folder: Path, name: str, reference: Path) -> Finished:
+    result = train(folder, name)
+    assert result.returncode == 0, result
+    assert same_training(folder / "runs" / name, reference)
+    return result
+
+
+# F1 -------------------------------------------------------------------------------------------------------------------
+
+QUICK, LONG = ["backward", "shard"], ["generate", "mixing", "drafting", "pass", "optimizer", "written"]
+
+
+@pytest.mark.parametrize("phase", QUICK + [pytest.param(phase, marks=pytest.mark.faults) for phase in LONG])
+def test_a_killed_rank_ends_the_other_and_the_run_goes_on(folder: Path, reference: Path, phase: str) -> None:
+    """F1 (and F4, F5 in `shard` and `written`): the second save is the one that is hit."""
+    step = 5 if phase in ("generate", "mixing", "drafting", "pass") else 4
+    began = time.monotonic()
+    result = train(folder, f"kill-{phase}", f"kill@{phase}:1:{step}")
+    assert result.returncode != 0
+    assert time.monotonic() - began < LOST + 30  # the start takes up to 30 s on a busy machine
+    assert complete(folder / "runs" / f"kill-{phase}") == ["step-00000002"] + ["step-00000004"] * (step == 5)
+    assert_goes_on(folder, f"kill-{phase}", reference)
+
+
+# F2 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "phase"), [(1, "backward"), pytest.param(0, "mixing", marks=pytest.mark.faults)])
+def test_a_rank_that_stands_still_is_named(folder: Path, reference: Path, rank: int, phase: str) -> None:
+    name = f"stop-{phase}"
+    result = train(folder, name, f"stop@{phase}:{rank}:3", recovery__rank_silence=5)
+    assert result.returncode != 0
+    if rank == 1:
+        assert "error: rank 1 on " in result.stderr and "last in backward of step 3" in result.stderr, result
+    else:
+        assert "error: rank 0: its store has not answered" in result.stderr, result
+    assert "Traceback" not in result.stderr.split("elastic")[0]
+    assert_goes_on(folder, name, reference)
+
+
+# F3 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("usr1", "sharded"), pytest.param("term", "gathered", marks=pytest.mark.faults)]
+)
+def test_a_signal_to_one_rank_in_a_generation_stops_all(
+    folder: Path, reference: Path, kind: str, strategy: str
+) -> None:
+    """The round of step 3 is left in its first pass, the checkpoint is that of step 2."""
+    name = f"{kind}-{strategy}"
+    result = train(folder, name, f"{kind}@pass:1:3", deepspeed, checkpoint__every=None, selfgen__strategy=strategy)
+    assert result.returncode == 75, result
+    assert "stopped on request at step 2" in result.stderr
+    assert complete(folder / "runs" / name) == ["step-00000002"]
+    assert [row["step"] for row in rows(folder / "runs" / name)] == [1, 2]
+    assert "resumed at step 2" in assert_goes_on(folder, name, reference).stdout
+
+
+# F15, one error on one rank ---------------------------------------------------------------------------------------------
+
+
+def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
+    """One start and one restart are allowed here; the third is refused, in the words of the rank that failed."""
+    name, fault = "loop", "raise@optimizer:1:3"
+    results = [train(folder, name, fault, recovery__max_restarts=1, checkpoint__every=1) for _ in range(3)]
+    assert [result.returncode for result in results] == [1, 1, 1]  # torchrun turns 2 into 1
+    assert "RuntimeError: injected in optimizer at step 3" in results[0].stderr
+    attempts = [json.loads(line) for line in (folder / "runs" / name / "attempts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in attempts if "outcome" not in row] == [0, 2]
+    again = train(folder, name, fault, recovery__max_restarts=1, checkpoint__every=1)
+    assert again.returncode == 1
+    assert "started 2 times from step 2 and never got further" in again.stderr, again
+    assert "rank 1 on " in again.stderr and "optimizer of step 3: RuntimeError" in again.stderr
+    assert "Traceback" not in again.stderr.split("elastic")[0]
+
+
+# the launcher, the lock -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path) -> None:
+    """SIGTERM to the deepspeed launcher leaves its ranks behind; a second job is refused as long as they live."""
+    name = "orphans"
+    command = deepspeed("ssgen_ds.train", str(recipe_file(folder, name)))
+    process = start(command, SSGEN_FAULT="delay=12@backward:0:3,delay=12@backward:1:3")
+    wait_until(process, lambda: len(rows(folder / "runs" / name)) == 2)
+    refused = run([str(Path(sys.executable).parent / "ssgen"), "train", str(folder / f"{name}.yaml")], LIMIT)
+    assert refused.returncode == 2 and "is being written by process" in refused.stderr, refused
+    process.send_signal(signal.SIGKILL)
+    finish(process, LIMIT)
+    deadline = time.monotonic() + 60
+    while not complete(folder / "runs" / name)[-1] == "step-00000003" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert complete(folder / "runs" / name)[-1] == "step-00000003"
+    assert_goes_on(folder, name, reference)
+
+
+def test_nothing_of_the_runs_is_left(folder: Path) -> None:
+    """No orphans: of all that was started above, no process is alive."""
+    alive = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = cmdline.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in text:
+            alive.append(text.replace("\0", " "))
+    assert alive == []
+    shutil.rmtree(folder / "runs")
