@@ -120,7 +120,7 @@ def test_a_signal_to_one_rank_in_a_generation_stops_all(
     assert "resumed at step 2" in assert_goes_on(folder, name, reference).stdout
 
 
-# F15, one error on one rank ---------------------------------------------------------------------------------------------
+# F15, one error on one rank -------------------------------------------------------------------------------------------
 
 
 def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
     assert "Traceback" not in again.stderr.split("elastic")[0]
 
 
-# the launcher, the lock -------------------------------------------------------------------------------------------------
+# the launcher, the lock -----------------------------------------------------------------------------------------------
 
 
 def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path) -> None:
@@ -152,7 +152,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path
     process.send_signal(signal.SIGKILL)
     finish(process, LIMIT)
     deadline = time.monotonic() + 60
-    while not complete(folder / "runs" / name)[-1] == "step-00000003" and time.monotonic() < deadline:
+    while complete(folder / "runs" / name)[-1] != "step-00000003" and time.monotonic() < deadline:
         time.sleep(0.2)
     assert complete(folder / "runs" / name)[-1] == "step-00000003"
     assert_goes_on(folder, name, reference)

@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from ssgen_ds.config import parse_recipe
 from ssgen_ds.data.records import Record
 from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.distributed import World
 from ssgen_ds.selfgen import rac
 from ssgen_ds.selfgen.block import BlockChooser
 from ssgen_ds.selfgen.bss import context_sequence, draw_coins
@@ -31,6 +33,7 @@ class ScriptedSampler:
     asked: list[list[Request]] = field(default_factory=list)
     settings: list[tuple] = field(default_factory=list)
     strategy: str = "local"
+    world: World = field(default_factory=lambda: World(0, 0, 1, torch.device("cpu"), control=None))
 
     def ready(self):
         return nullcontext()
