@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssgen_ds.config import Recipe, dump_recipe
-from ssgen_ds.errors import StopRequested, UserError
+from ssgen_ds.errors import NonFiniteError, StopRequested, UserError
 from ssgen_ds.logbook import read_rows
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ def attempt(step: int, recipe: Recipe, world: World) -> Iterator[None]:
     except StopRequested as stopped:
         if world.is_main:
             attempts.end(STOPPED, str(stopped))
+        raise
+    except NonFiniteError as error:
+        if world.is_main:
+            attempts.failed(str(error))
         raise
     if world.is_main:
         attempts.end(FINISHED, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ssgen_ds.modeling.cached import check_cache
 from ssgen_ds.modeling.convert import cache_root
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.progress import Progress
+from ssgen_ds.recovery import check_resumable, choose_checkpoint, find_checkpoints
 from ssgen_ds.selfgen.block import BlockChooser
 from ssgen_ds.selfgen.bss import context_sequence
 from ssgen_ds.selfgen.engine_sampler import inference_mode
@@ -30,6 +32,8 @@ from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.selfgen.strategy import build_sampler
 from ssgen_ds.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,21 +60,35 @@ class Foundations:
 
 def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
     """Run folder, tokenizer, data, DeepSpeed file; None when the run in output_dir is already finished."""
-    found = world.together(lambda: run_folder.open_run(recipe) if world.is_main else None)
-    checkpoint_path = world.broadcast(found)
-    if world.broadcast(run_folder.is_finished(Path(recipe.output_dir))):
+    run_dir = Path(recipe.output_dir)
+    world.together(lambda: run_folder.open_run(recipe) if world.is_main else None)
+    if world.broadcast(run_folder.is_finished(run_dir)):
         return None
     dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
     ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
     world.together(lambda: _refuse(missing_packages(recipe.log)))
     inputs = prepare_inputs(recipe, world)
-    state = TrainState(0, 0, inputs.datasets.fingerprint, world.size, zero_stage(ds_config))
-    if checkpoint_path is not None:
-        saved = world.together(lambda: checkpoint.read_state(checkpoint_path))
-        world.together(lambda: checkpoint.check_resumable(checkpoint_path, saved, state))
-        state = saved
+    fingerprints = inputs.datasets.fingerprint, inputs.chat.fingerprint()
+    state = TrainState(0, 0, *fingerprints, world.size, zero_stage(ds_config), run_folder.package_versions())
+    checkpoint_path, state = _starting_point(recipe, state, world)
     total_steps = recipe.train.max_steps or recipe.train.epochs * inputs.datasets.plan.steps_per_epoch
     return Foundations(recipe, checkpoint_path, state, ds_config, inputs, total_steps)
+
+
+def _starting_point(recipe: Recipe, state: TrainState, world: World) -> tuple[Path | None, TrainState]:
+    """The checkpoint to go on from and its state, as rank 0 sees them; None and `state` to start at step 0."""
+    run_dir = Path(recipe.output_dir)
+    found = world.together(lambda: find_checkpoints(run_dir, recipe.resume) if world.is_main else [])
+    path = choose_checkpoint(found, run_dir, world)
+    if path is None:
+        return None, state
+
+    def check() -> TrainState:
+        what = f"resume: {path} was trained by another recipe"
+        run_folder.refuse_changes(path / checkpoint.RECIPE, recipe, what)
+        return check_resumable(path, checkpoint.read_state(path), state, log.warning)
+
+    return path, world.broadcast(world.together(lambda: check() if world.is_main else None))
 
 
 def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
@@ -144,7 +162,7 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
     stage, state = zero_stage(foundations.ds_config), foundations.state
     engine = build_engine(foundations, world)
     if path is not None:
-        checkpoint.load_engine(engine, path, adapter_only=recipe.adapter.kind != "none")
+        checkpoint.load_engine(engine, path, world)
     logbook = world.together(lambda: _open_logbook(foundations, state.step, stage, world) if world.is_main else None)
     progress = Progress(
         foundations.total_steps, world.is_main, state.step + 1, steps_per_round=recipe.selfgen.refresh_every

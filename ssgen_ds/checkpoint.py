@@ -1,14 +1,15 @@
 """Checkpoints that are complete or do not count.
 
     checkpoints/step-00000100/
-        engine/            DeepSpeed's files: weights (adapter only with LoRA) and optimizer
+        shard-00000-of-00002.safetensors     one a rank: its part of the weights (adapter only with LoRA) and moments
         round.parquet      the round in progress, so that the steps after it train on the same tokens
         recipe.yaml        of the run that wrote it
-        state.json         step, ranks, ZeRO stage, data fingerprint
-        COMPLETE           written last, after every rank has confirmed; without it the folder is ignored
+        state.json         step, data and tokenizer fingerprints, skipped updates, ranks, versions
+        index.json         size and SHA-256 of each file above
+        COMPLETE           written last, after every rank has confirmed; without it the folder does not count
 
-Everything is written into a temporary folder first and renamed. There is no RNG state and no data cursor to keep: both
-are functions of (seed, step, rank).
+Everything is written into a temporary folder, synced, and renamed. Any number of ranks and any ZeRO stage read what
+any other wrote. There is no RNG state and no data cursor to keep: both are functions of (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -16,146 +17,139 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.shard_file import FileEntry, ShardReader, write_shard
 
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
 
-MARKER = "COMPLETE"
-ENGINE_TAG = "engine"
+MARKER, INDEX, STATE, RECIPE, ROUND = "COMPLETE", "index.json", "state.json", "recipe.yaml", "round.parquet"
+_PARTIAL, _SHARDS = ".partial-", "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a resumed run needs besides the engine's own state."""
+    """What a resumed run needs besides weights and moments."""
 
     step: int  # optimizer steps finished
     round: int  # 1-based number of the round that the last step trained on
     data_fingerprint: str
+    tokenizer_fingerprint: str
     world_size: int
     zero_stage: int
+    packages: dict[str, str | None]  # versions of the libraries that computed it
+    skipped: int = 0  # updates left out because the loss or the gradient was not finite
+    skipped_in_row: int = 0  # of them, those that the last step ends
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has just become complete."""
+
+    path: Path
+    seconds: float  # that training stood still
+    nbytes: int  # of all shards
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    engine: Any,
-    run_dir: Path,
-    state: TrainState,
-    round_file: Path | None,
-    *,
-    adapter_only: bool,
-    keep: int,
-    world: World,
-) -> Path:
-    """Write one checkpoint on all ranks; older ones beyond `keep` are removed only once this one is complete."""
-    final = checkpoint_dir(run_dir, state.step)
-    partial = final.with_name(f".partial-{final.name}")
-    needed = _bytes_on_disk(engine, adapter_only)
-    world.together(lambda: _check_space(run_dir, needed))
+# -- writing -----------------------------------------------------------------------------------------------------------
 
-    def prepare() -> None:
+
+def save_checkpoint(
+    engine: Any, run_dir: Path, state: TrainState, round_file: Path | None, *, keep: int, world: World
+) -> Saved:
+    """Write one checkpoint on all ranks; older ones beyond `keep` are removed only once this one is complete.
+
+    Raises UserError on all ranks when one of them cannot write; what was complete before stays.
+    """
+    from ssgen_ds.modeling.fragments import Fragments
+
+    began = time.perf_counter()
+    final = checkpoint_dir(run_dir, state.step)
+    partial = final.with_name(f"{_PARTIAL}{final.name}")
+    fragments = Fragments(engine)
+    needed = int(world.sum(fragments.nbytes / (world.size if fragments.is_replicated else 1))[0])
+    shard = partial / f"shard-{world.rank:05d}-of-{world.size:05d}.safetensors"
+
+    def write() -> FileEntry:
+        with world.phase("shard"):
+            entry = write_shard(shard, fragments.parts(world.rank, world.size))
+        world.phases.tick("written")
+        return entry
+
+    def publish() -> None:
+        if world.is_main:
+            with world.phase("publish"):
+                _publish(partial, final, run_dir, state, round_file, entries)
+                _remove_old(run_dir, keep)
+
+    try:
+        world.together(lambda: _make_room(run_dir, partial, needed) if world.is_main else None)
+        entries = dict(world.gather((shard.name, world.together(write))))
+        world.together(publish)
+    except UserError as error:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def finish() -> None:
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-        shutil.copyfile(run_dir / "recipe.yaml", partial / "recipe.yaml")
-        if round_file is not None:
-            shutil.copyfile(round_file, partial / "round.parquet")
-        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-            _fsync(file)
-        marker = partial / MARKER
-        marker.write_text(json.dumps({"step": state.step}), encoding="utf-8")
-        _fsync(marker)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        _fsync(final.parent)
-        for old in complete_checkpoints(run_dir)[keep:]:
-            (old / MARKER).unlink()  # first: a removal that is cut short must not look complete
-            shutil.rmtree(old)
-
-    world.together(prepare)
-    with world.phase("shard"):
-        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=adapter_only)
-    world.phases.tick("written")
-    world.barrier()
-    with world.phase("publish"):
-        world.together(lambda: finish() if world.is_main else None)
-    return final
+        last = next(iter(complete_checkpoints(run_dir)), None)
+        kept = f"{last} is complete: start again to go on from it" if last else "there is no earlier one"
+        raise UserError(f"the checkpoint of step {state.step} was not written; {kept}\n{error}") from None
+    return Saved(final, time.perf_counter() - began, sum(entry.size for entry in entries.values()))
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    found = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    return [path for path in found if (path / MARKER).is_file()]
-
-
-def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` (auto | never | PATH) means, or None to start at step 0."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return next(iter(complete_checkpoints(run_dir)), None)
-    path = Path(resume)
-    if not (path / MARKER).is_file():
-        candidates = complete_checkpoints(path) if path.is_dir() else []
-        if not candidates:
-            raise UserError(f"resume: {resume} is not a complete checkpoint (no {MARKER} in it)")
-        return candidates[0]
-    return path
-
-
-def read_state(path: Path) -> TrainState:
-    """The train state of a complete checkpoint."""
-    return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-
-
-def check_resumable(path: Path, saved: TrainState, now: TrainState) -> None:
-    """Optimizer shards fit the ranks and the ZeRO stage that wrote them; the examples must be the same."""
-    for what, was, is_now in (
-        ("ranks", saved.world_size, now.world_size),
-        ("ZeRO stage", saved.zero_stage, now.zero_stage),
-        ("data", saved.data_fingerprint, now.data_fingerprint),
-    ):
-        if was != is_now:
-            raise UserError(
-                f"resume: {path} was written with {what} = {was}, this run has {is_now}; "
-                f"start it with {what} = {was}, or give another output_dir"
-            )
-
-
-def load_engine(engine: Any, path: Path, *, adapter_only: bool) -> None:
-    """Weights and optimizer from a complete checkpoint; every trainable parameter must be in it."""
-    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=not adapter_only)
-    if loaded is None:
-        raise UserError(f"resume: {path} has no readable engine state; remove it to fall back to an older one")
-
-
-def _bytes_on_disk(engine: Any, adapter_only: bool) -> int:
-    """Size of the whole checkpoint: weights, and float32 weights with two moments for what is trained."""
-    weights = trained = 0
-    for parameter in engine.module.parameters():
-        numel = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel() counts the placeholder
-        trained += 12 * numel if parameter.requires_grad else 0
-        weights += parameter.element_size() * numel if parameter.requires_grad or not adapter_only else 0
-    return weights + trained
-
-
-def _check_space(run_dir: Path, needed: int) -> None:
+def _make_room(run_dir: Path, partial: Path, needed: int) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for stale in partial.parent.glob(f"{_PARTIAL}*"):  # of writes that were cut short
+        shutil.rmtree(stale)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise UserError(
             f"no disk space for a checkpoint: {run_dir} has {free / 2**30:.2f} GiB free, "
             f"{needed / 2**30:.2f} GiB are needed; free some, or lower checkpoint.keep"
         )
+    partial.mkdir()
+
+
+def _publish(
+    partial: Path,
+    final: Path,
+    run_dir: Path,
+    state: TrainState,
+    round_file: Path | None,
+    shards: dict[str, FileEntry],
+) -> None:
+    """Everything but the shards, then the marker, then the name that counts. Rank 0, when all shards are on disk."""
+    entries = dict(shards)
+    (partial / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    shutil.copyfile(run_dir / RECIPE, partial / RECIPE)
+    if round_file is not None:
+        shutil.copyfile(round_file, partial / ROUND)
+    for file in (partial / STATE, partial / RECIPE, partial / ROUND):
+        if file.is_file():
+            _fsync(file)
+            entries[file.name] = FileEntry.of(file)
+    index = json.dumps({"files": {name: asdict(entry) for name, entry in sorted(entries.items())}}, indent=2)
+    (partial / INDEX).write_text(index, encoding="utf-8")
+    _fsync(partial / INDEX)
+    (partial / MARKER).write_text(json.dumps({"step": state.step, **asdict(FileEntry.of(partial / INDEX))}), "utf-8")
+    _fsync(partial / MARKER)
+    _fsync(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    _fsync(final.parent)
+
+
+def _remove_old(run_dir: Path, keep: int) -> None:
+    for old in complete_checkpoints(run_dir)[keep:]:
+        (old / MARKER).unlink()  # first: a removal that is cut short must not look complete
+        shutil.rmtree(old)
 
 
 def _fsync(path: Path) -> None:
@@ -164,3 +158,79 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders with a marker, newest first; whether their files are whole is `problems_of`'s question."""
+    return [path for path in candidates(run_dir) if (path / MARKER).is_file()]
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """All that look like checkpoints, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+
+
+def problems_of(path: Path, world: World | None = None) -> list[str]:
+    """What is broken in a checkpoint, on every rank the same; [] when every file is as it was written.
+
+    The ranks share the work; without a world this process does all of it.
+    """
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    entries, problems = _read_index(path) if rank == 0 else ({}, [])
+    if world is not None:
+        entries, problems = world.broadcast((entries, problems))
+    if problems:
+        return problems
+    mine = [entry.problem(path / name) for name, entry in sorted(entries.items())[rank::size]]
+    everybody = [mine] if world is None else world.gather(mine)
+    return [problem for one in everybody for problem in one if problem]
+
+
+def _read_index(path: Path) -> tuple[dict[str, FileEntry], list[str]]:
+    """Files by name, and what is wrong with the index itself."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        if problem := FileEntry(marker["size"], marker["sha256"]).problem(path / INDEX):
+            return {}, [problem]
+        files = json.loads((path / INDEX).read_text(encoding="utf-8"))["files"]
+        return {name: FileEntry(**entry) for name, entry in files.items()}, []
+    except FileNotFoundError:
+        return {}, [f"{path / MARKER}: missing, so the checkpoint is not complete"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, [f"{path / MARKER}: unreadable ({type(error).__name__}: {error})"]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> TrainState:
+    """The train state of a complete checkpoint."""
+    return TrainState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+
+
+def load_engine(engine: Any, path: Path, world: World) -> None:
+    """Weights and optimizer states from a checkpoint of any number of ranks and any ZeRO stage."""
+    from ssgen_ds.modeling.fragments import Fragments
+
+    fragments = Fragments(engine)
+
+    def load() -> None:
+        with ShardReader(sorted(path.glob(_SHARDS))) as reader:
+            try:
+                fragments.load(reader)
+            except UserError as error:
+                raise UserError(f"resume: {path}: {error}") from None
+
+    world.together(load)
+    fragments.publish()
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Whole float32 weights by name, all that was trained. Raises UserError naming what is broken."""
+    if problems := problems_of(path):
+        raise UserError.from_list(f"{path} cannot be used", problems)
+    with ShardReader(sorted(path.glob(_SHARDS))) as reader:
+        return {name: reader.whole(name) for name in reader.shapes}

@@ -139,6 +139,8 @@ class TrainConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 turns clipping off
     optimizer: Literal["adamw"] = "adamw"
+    # Updates in a row that may be left out because loss or gradient was not finite; one more ends the run.
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
@@ -200,6 +202,7 @@ REQUIRED: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": ["-"]}, "t
 # not what is trained.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log.", "checkpoint.", "recovery.", "eval.", "train.micro_batch",
+    "train.max_skipped_steps", "deepspeed",
     "model.gradient_checkpointing", "selfgen.batch", "selfgen.strategy", "selfgen.block",
 )  # fmt: skip
 

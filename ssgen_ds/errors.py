@@ -24,5 +24,9 @@ class GenerationInterrupted(Exception):
     """A stop was requested while the model generated; raised on every rank at the same place."""
 
 
+class NonFiniteError(Exception):
+    """The model computes NaN or infinity and the run ends; raised on every rank, the weights are the last good ones."""
+
+
 class RankLost(Exception):
     """Another rank has gone; the message names it and where it was last seen."""

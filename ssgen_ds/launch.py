@@ -8,7 +8,16 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from ssgen_ds.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, RankLost, StopRequested, UserError
+from ssgen_ds.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    NonFiniteError,
+    RankLost,
+    StopRequested,
+    UserError,
+)
 
 
 def split_arguments(arguments: list[str], usage: str, expected: int) -> tuple[list[str], list[str]]:
@@ -44,6 +53,8 @@ def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
         _leave(EXIT_USER_ERROR, f"error: {error}")
     except StopRequested as stopped:
         _leave(EXIT_STOPPED, str(stopped))
+    except NonFiniteError as error:
+        _leave(EXIT_FAILURE, f"error: {error}")
     except RankLost as lost:
         print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILURE)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from ssgen_ds.checkpoint import ENGINE_TAG, MARKER, complete_checkpoints
+from ssgen_ds.checkpoint import MARKER, complete_checkpoints, read_weights
 from ssgen_ds.config import AdapterConfig, ModelConfig, Recipe, parse_recipe
 from ssgen_ds.data.paths import HUB_ID, PACKAGE_PREFIX
 from ssgen_ds.errors import UserError
@@ -91,32 +89,17 @@ def load_reference(reference: Reference, device: torch.device | str) -> Any:
 
 
 def _with_checkpoint(model: Any, reference: Reference) -> Any:
-    """Put the weights of a DeepSpeed checkpoint, of any ZeRO stage, into the model."""
+    """Put the weights of a checkpoint into the model."""
     recipe = reference.recipe
     assert recipe is not None and reference.checkpoint is not None
     if recipe.adapter.kind == "lora":
         model = apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
-    state = _read_engine_state(reference.checkpoint)
+    state = read_weights(reference.checkpoint)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := sorted(wanted - state.keys()):
         raise UserError(f"{reference.checkpoint}: lacks {missing[0]} and {len(missing) - 1} more parameters")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def _read_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Whole weights by name: at ZeRO 1 to 3 put together from the optimizer's float32 partitions."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    engine = checkpoint / ENGINE_TAG
-    if any(engine.glob("*optim_states.pt")):
-        talk = io.StringIO()  # it prints its progress
-        with redirect_stdout(talk), redirect_stderr(talk):
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
-    files = sorted(engine.glob("mp_rank_*_model_states.pt"))
-    if not files:
-        raise UserError(f"{checkpoint}: no engine state in it")
-    return torch.load(files[0], map_location="cpu", weights_only=False)["module"]
 
 
 def export_run(run: Path, out: Path, merge: bool) -> None:

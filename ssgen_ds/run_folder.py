@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from ssgen_ds.attempts import ATTEMPTS_FILE
-from ssgen_ds.checkpoint import find_checkpoint
 from ssgen_ds.config import Recipe, changed_keys, dump_recipe, parse_recipe
 from ssgen_ds.errors import UserError
 from ssgen_ds.run_lock import LOCK_FILE
@@ -22,8 +21,8 @@ from ssgen_ds.run_lock import LOCK_FILE
 PACKAGES = ("ssgen-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
 
 
-def open_run(recipe: Recipe) -> Path | None:
-    """Decide on rank 0 how to start: the checkpoint to continue from, or None for step 0.
+def open_run(recipe: Recipe) -> None:
+    """Rank 0's first look: may this recipe be trained in its output_dir?
 
     Raises UserError when output_dir belongs to something else, or to a run whose recipe trains differently.
     """
@@ -36,14 +35,10 @@ def open_run(recipe: Recipe) -> Path | None:
             raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
         if recipe.resume == "never":
             raise UserError(f"output_dir: {run_dir} holds a run and resume is never; name another, or resume=auto")
-        _refuse_changes(saved, recipe, f"output_dir: {run_dir} holds a run with another recipe")
-    checkpoint = find_checkpoint(run_dir, recipe.resume)
-    if checkpoint is not None:
-        _refuse_changes(checkpoint / "recipe.yaml", recipe, f"resume: {checkpoint} was trained by another recipe")
-    return checkpoint
+        refuse_changes(saved, recipe, f"output_dir: {run_dir} holds a run with another recipe")
 
 
-def _refuse_changes(saved: Path, recipe: Recipe, what: str) -> None:
+def refuse_changes(saved: Path, recipe: Recipe, what: str) -> None:
     """A run goes on only by the recipe that it began with, in everything that changes the training."""
     previous = parse_recipe(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
     if changes := changed_keys(previous, recipe):
@@ -55,8 +50,10 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "finished.json").is_file()
 
 
-def mark_finished(run_dir: Path, step: int) -> None:
-    (run_dir / "finished.json").write_text(json.dumps({"step": step, "time": _now()}), encoding="utf-8")
+def mark_finished(run_dir: Path, step: int, **facts: Any) -> None:
+    """The last thing that a run writes; `facts` are for reading."""
+    text = json.dumps({"step": step, "time": _now(), **facts})
+    (run_dir / "finished.json").write_text(text, encoding="utf-8")
 
 
 def start_run(recipe: Recipe, environment: dict[str, Any]) -> None:
@@ -74,10 +71,15 @@ def describe_environment(**facts: Any) -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git": _git_commit(),
         **facts,
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of the libraries that decide what a run computes."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -19,45 +19,54 @@ from ssgen_ds.loss import token_nll
 from ssgen_ds.window import Window
 
 
-class NonFiniteError(Exception):
-    """Loss or gradient is NaN or infinite; raised on every rank, before the weights are touched."""
-
-
 @dataclass(frozen=True)
 class StepStats:
     loss: float  # nats per unit of label weight
     grad_norm: float  # global, before clipping
+    is_applied: bool = True  # False: not finite somewhere, so weights and moments stayed as they were, on every rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStats:
-    """One update of the weights from one window, the same on every rank."""
+    """One update of the weights from one window, or none when it is not finite; the same on every rank."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     loss = accumulate_gradients(engine, window, world)
     grad_norm = _local_grad_norm(engine)
-    if world.any(not math.isfinite(loss) or not math.isfinite(grad_norm)):
-        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: the weights were left as they were")
+    if world.any(not math.isfinite(grad_norm)):
+        engine.zero_grad()
+        return StepStats(loss, grad_norm, is_applied=False)
     with world.phase("optimizer"):
         engine.step()
-    if not engine.was_step_applied():
-        raise NonFiniteError("the gradient is not finite; DeepSpeed skipped the update, the weights are as they were")
-    return StepStats(loss, grad_norm if engine.get_global_grad_norm() is None else float(engine.get_global_grad_norm()))
+    if engine.get_global_grad_norm() is not None:
+        grad_norm = float(engine.get_global_grad_norm())
+    # With ZeRO or bfloat16, DeepSpeed looks at all ranks' gradients and leaves the update out by itself.
+    is_applied = engine.was_step_applied()
+    return StepStats(loss, grad_norm if is_applied else math.nan, is_applied)
 
 
 def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
-    """Forward and backward of all micro batches; the window's loss over all ranks, in nats per unit of weight."""
+    """Forward and backward of all micro batches; the window's loss over all ranks, in nats per unit of weight.
+
+    When the loss is not finite on some rank, all gradients become NaN: the loss can be infinite where its gradient is
+    not, and one check, that of the gradient, then keeps the weights at every stage.
+    """
     weighted_sum = torch.zeros((), dtype=torch.float64)
+    loss = math.nan
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
         engine.set_gradient_accumulation_boundary(i == last)
         with world.phase("forward"):
             nll_N = token_nll(engine, batch.input_ids_BL, batch.labels_BL, batch.lengths_B)
             micro_sum = (nll_N * batch.weights_N).sum()
-        with world.phase("backward"):
-            engine.backward(micro_sum * (world.size / window.global_weight), scale_wrt_gas=False)
         weighted_sum += micro_sum.detach().double().cpu()
-    return world.sum(weighted_sum.item())[0] / window.global_weight
+        scale = world.size / window.global_weight
+        if i == last:
+            loss = world.sum(weighted_sum.item())[0] / window.global_weight
+            scale = scale if math.isfinite(loss) else math.nan
+        with world.phase("backward"):
+            engine.backward(micro_sum * scale, scale_wrt_gas=False)
+    return loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> No
     base = resolve_model_path(recipe.model.path, recipe.model.revision).path
     save_model(trainer.engine.module, tokenizer, run_dir / "model", base, is_main=world.is_main)
     if world.is_main:
-        mark_finished(run_dir, trainer.state.step)
+        saved = trainer.saved
+        cost = {} if saved is None else {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.nbytes}
+        mark_finished(run_dir, trainer.state.step, **cost)
         print(f"model:  {run_dir / 'model'}\nreport: {write_report(run_dir)}")
     trainer.engine.destroy()  # its hooks would keep the model in memory
     world.barrier()

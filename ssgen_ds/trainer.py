@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import time
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from ssgen_ds.checkpoint import TrainState, save_checkpoint
+from ssgen_ds.checkpoint import Saved, TrainState, save_checkpoint
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import StepPlan
 from ssgen_ds.distributed import World
-from ssgen_ds.errors import GenerationInterrupted, StopRequested
+from ssgen_ds.errors import GenerationInterrupted, NonFiniteError, StopRequested
 from ssgen_ds.logbook import Logbook
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.engine_sampler import inference_mode
@@ -24,7 +25,7 @@ from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, RoundStats, Slot
 from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
 from ssgen_ds.selfgen.store import read_round, round_path, write_round
-from ssgen_ds.step import NonFiniteError, StepStats, evaluation_loss, learning_rate_at, train_step
+from ssgen_ds.step import StepStats, evaluation_loss, learning_rate_at, train_step
 from ssgen_ds.window import Sequence, Window, build_window
 
 
@@ -45,6 +46,7 @@ class Trainer:
     progress: Progress
     resumed_round: Path | None = None  # the checkpoint's copy of the round in progress
     saved_step: int = field(init=False)  # the newest step that need not be saved
+    saved: Saved | None = field(default=None, init=False)  # the last checkpoint of this process
 
     def __post_init__(self) -> None:
         self.saved_step = self.state.step
@@ -75,9 +77,10 @@ class Trainer:
             lr = self._learning_rate(step)
             torch.manual_seed(step_seed(self.recipe.train.seed, step, self.world.rank))
             with self.world.phase("train", step + 1):
-                stats = self._step(window, lr, step, slots[step])
+                stats = train_step(self.engine, window, lr, self.world)
             seconds = time.perf_counter() - started
             self.state = replace(self.state, step=step + 1, round=self._round(step))
+            self._count_skipped(stats, slots[step])
             row = self._row(step, stats, window, lr, slots[step], records[step], seconds)
             row |= self._round_row(round_stats if step == min(slots) else RoundStats(), records)
             with self.world.phase("evaluate", step + 1):
@@ -136,12 +139,20 @@ class Trainer:
         train = self.recipe.train
         return learning_rate_at(step, self.total_steps, train.lr, train.schedule, train.warmup)
 
-    def _step(self, window: Window, lr: float, step: int, slots: list[Slot]) -> StepStats:
-        try:
-            return train_step(self.engine, window, lr, self.world)
-        except NonFiniteError as error:
-            ids = ", ".join(slot.example.id for slot in slots[:8])
-            raise NonFiniteError(f"step {step + 1}: {error}. Examples: {ids}") from None
+    def _count_skipped(self, stats: StepStats, slots: list[Slot]) -> None:
+        """Updates that were left out are said and counted, over restarts too; too many in a row end the run."""
+        if stats.is_applied:
+            self.state = replace(self.state, skipped_in_row=0)
+            return
+        in_row, limit = self.state.skipped_in_row + 1, self.recipe.train.max_skipped_steps
+        self.state = replace(self.state, skipped=self.state.skipped + 1, skipped_in_row=in_row)
+        what = "the loss" if not math.isfinite(stats.loss) else "the gradient"
+        ids = ", ".join(slot.example.id for slot in slots[:8]) + (" ..." if len(slots) > 8 else "")
+        text = f"step {self.state.step}: {what} is not finite, the update was left out ({in_row} in a row)"
+        if in_row > limit:
+            raise NonFiniteError(f"{text}; train.max_skipped_steps is {limit}. Examples of this step: {ids}")
+        text += f". Examples: {ids}"
+        self.progress.message(text)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         every, done = self.recipe.eval.every, step + 1
@@ -168,20 +179,31 @@ class Trainer:
         seconds: float,
     ) -> dict[str, Any]:
         response_tokens = sum(len(record.gold_ids) for record in records)
-        return {
-            "step": step + 1,
-            "round": self._round(step),
-            "epoch": self.plan.epoch(step),
-            "loss": stats.loss,
-            "lr": lr,
-            "grad_norm": stats.grad_norm,
-            "num_tokens": window.num_tokens,
-            "mix_rate": slots[0].mix_rate,
-            "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": window.num_tokens / seconds,
-            "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
-        } | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
+        return (
+            {
+                "step": step + 1,
+                "round": self._round(step),
+                "epoch": self.plan.epoch(step),
+                "loss": stats.loss,
+                "lr": lr,
+                "grad_norm": stats.grad_norm,
+                "skipped_steps": self.state.skipped,
+                "num_tokens": window.num_tokens,
+                "mix_rate": slots[0].mix_rate,
+                "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
+                "step_seconds": seconds,
+                "tokens_per_second": window.num_tokens / seconds,
+                "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
+            }
+            | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
+            | self._checkpoint_row(step)
+        )
+
+    def _checkpoint_row(self, step: int) -> dict[str, float]:
+        """What the checkpoint that was written after the step before cost."""
+        if self.saved is None or self.saved_step != step:
+            return {}
+        return {"checkpoint_seconds": self.saved.seconds, "checkpoint_bytes": self.saved.nbytes}
 
     def _round_row(self, stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, Any]:
         """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
@@ -230,12 +252,11 @@ class Trainer:
     def save(self) -> None:
         """A complete checkpoint of the current state."""
         in_memory = round_path(self.run_dir, self.state.round)
-        save_checkpoint(
+        self.saved = save_checkpoint(
             self.engine,
             self.run_dir,
             self.state,
             in_memory if self.recipe.method.name != "sft" else None,
-            adapter_only=self.recipe.adapter.kind != "none",
             keep=self.recipe.checkpoint.keep,
             world=self.world,
         )

@@ -123,15 +123,24 @@ class Watchdog:
         self._ended.set()
 
     def fail(self, text: str) -> None:
-        """Tell the others why this rank leaves; returns when they have had the time to read it."""
-        if self.store is None or self._ended.is_set():
+        """Tell the others why this rank leaves; returns when they have had the time to read it.
+
+        From then on this rank's own watchdog is quiet: the error that was raised here is the one to show.
+        """
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._pronounce(text)
+
+    def _pronounce(self, text: str) -> None:
+        """The verdict for all, unless another rank was first; rank 0 takes the store away, so it waits a moment."""
+        if self.store is None:
             return
         try:
-            if self.store.compare_set("verdict", "", text).decode() != text:
-                return  # another rank was first
+            if self.store.compare_set("verdict", "", text).decode() == text and self.rank == 0:
+                time.sleep(_FIRST_WORDS)
         except dist.DistError:
             return
-        time.sleep(_FIRST_WORDS if self.rank == 0 else 0.0)
 
     def blame(self) -> str:
         """After a connection broke: who is gone, as far as can be told within a few seconds; "" when all are there."""
@@ -203,7 +212,7 @@ class Watchdog:
             if text is None:
                 continue
             if self.rank == 0:
-                self.fail(text)
+                self._pronounce(text)
             self._end(text, speak=self.rank in (0, 1) or self.local_rank == 0)
 
     def _self(self) -> str:

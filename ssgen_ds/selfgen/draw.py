@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 
 import torch
 
+from ssgen_ds.errors import NonFiniteError
 from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.noise import gumbel
 
@@ -48,6 +49,8 @@ def draw_tokens(
         tracked: where the token's log probability is wanted: a later pass may draw there again.
         previous: the last draw there, if any.
 
+    Raises NonFiniteError where the best score is NaN or infinite.
+
     The distributions' comparison costs a log-sum-exp over V, so it is made only where one of the two is asked for.
     """
     device = logits_NV.device
@@ -68,9 +71,13 @@ def draw_tokens(
         if compare:
             both_N2 = torch.cat([token_N1, old_N[chunk, None].clamp(min=0)], dim=1)
             log_N2 = scores_NV.gather(1, both_N2) - scores_NV.logsumexp(dim=-1, keepdim=True)
-        columns.append(torch.cat([token_N1.double(), gap_N.double()[:, None], log_N2.double()], dim=1))
+        best_N1 = best.values[:, :1]
+        columns.append(torch.cat([x.double() for x in (token_N1, best_N1, gap_N[:, None], log_N2)], dim=1))
     draws = []
-    for (token, gap, new_log, old_log), item in zip(torch.cat(columns).tolist(), previous, strict=True):
+    rows = zip(torch.cat(columns).tolist(), previous, positions, strict=True)
+    for (token, score, gap, new_log, old_log), item, position in rows:
+        if not isfinite(score):  # NaN sorts first, so it shows here; -inf: no token has a probability
+            raise NonFiniteError(f"the logits at response position {position} are not finite")
         moved = 0.0 if item is None or sampling.greedy else max(0.0, 1.0 - _ratio(old_log, item.log_prob))
         draws.append(Draw(int(token), gap < TIE, new_log, moved))
     return draws

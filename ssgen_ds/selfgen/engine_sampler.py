@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ssgen_ds.distributed import World
-from ssgen_ds.errors import GenerationInterrupted
+from ssgen_ds.errors import GenerationInterrupted, NonFiniteError
 from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.shards import Shards
 from ssgen_ds.selfgen.filters import Sampling
@@ -123,7 +123,8 @@ class EngineSampler:
         """Results in the order of the requests, costs summed over the ranks, and the seconds it took.
 
         In lower precision than float32 some requests are drawn once more at the end, and what differs is counted.
-        Raises GenerationInterrupted on all ranks when one of them was asked to stop.
+        Raises on all ranks GenerationInterrupted when one of them was asked to stop, NonFiniteError when the logits of
+        one are NaN or infinite.
         """
         start = time.perf_counter()
         world = self.world
@@ -136,12 +137,16 @@ class EngineSampler:
                 if self.strategy == SHARDED:
                     raise  # all ranks have left before the same call
                 mine = None
+            except NonFiniteError as error:  # the others may not know yet: they are told below
+                mine = f"generation on rank {world.rank}: {error}; the weights overflow or hold NaN"
             self.finish()
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
         for rank, part in enumerate(world.gather(mine)):
             if part is None:
                 raise GenerationInterrupted
+            if isinstance(part, str):
+                raise NonFiniteError(part)
             results, cost = part
             results_by_index.update(zip(deal(requests, rank, world.size), results, strict=True))
             total.add(cost)

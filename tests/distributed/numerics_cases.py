@@ -24,7 +24,7 @@ from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.rac import free_request
 from ssgen_ds.selfgen.rounds import Generated
 from ssgen_ds.selfgen.store import read_round
-from ssgen_ds.step import NonFiniteError, accumulate_gradients, train_step
+from ssgen_ds.step import accumulate_gradients, train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.trainer import Trainer
 from ssgen_ds.window import Sequence, build_window
@@ -64,7 +64,10 @@ def tokens_of(run_dir: Path) -> list[list[Generated]]:
     return [read_round(path) for path in sorted((run_dir / "selfgen").glob("*.parquet"))]
 
 
-TIMES = ("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes")
+TIMES = (
+    *("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("checkpoint_seconds", "checkpoint_bytes"),
+)
 _COSTS = (
     "calls token_forwards draws accepted_length first_draws guess_hits flips flip_rate flip_bound ties strategy block"
 )
@@ -281,11 +284,12 @@ def rewrite_case(stage: int) -> Case:
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def non_finite_case(stage: int, where: str) -> Case:
-    """NaN on one rank only, in the loss or in the gradient alone: all ranks refuse, the weights stay."""
+def non_finite_case(stage: int, where: str, dtype: str) -> Case:
+    """NaN on one rank only, in the loss or in the gradient alone: all ranks leave the update out, the weights stay."""
 
     def case(world: World, folder: Path) -> dict[str, Any]:
-        recipe = fresh(folder, f"nan-{stage}-{where}", world, deepspeed=f"ds_configs/zero{stage}.json")
+        settings = {"deepspeed": f"ds_configs/zero{stage}.json", "model__dtype": dtype}
+        recipe = fresh(folder, f"nan-{stage}-{where}-{dtype}", world, **settings)
         trainer = trainer_for(recipe, world)
         before = full_state_dict(trainer.engine.module)
         sequences = [Sequence([5, 6, 7, 8], [-100, 6, 7, 8])] * 4
@@ -301,15 +305,20 @@ def non_finite_case(stage: int, where: str) -> Case:
             return output
 
         handle = head.register_forward_hook(poison)
-        refused = False
-        try:
-            train_step(trainer.engine, window, 1e-2, world)
-        except NonFiniteError:
-            refused = True
+        skipped = [not train_step(trainer.engine, window, 1e-2, world).is_applied for _ in range(2)]
         handle.remove()
         after = full_state_dict(trainer.engine.module)
         same = all(torch.equal(before[name], after[name]) for name in before) if before else True
-        return {"refused": refused, "all": all(world.gather(refused)), "same_weights": same}
+        # The step after it is what it would have been: nothing of the bad gradient is left anywhere.
+        goes_on = train_step(trainer.engine, window, 1e-2, world)
+        fresh_trainer = trainer_for(recipe, world)
+        first = train_step(fresh_trainer.engine, window, 1e-2, world)
+        one, two = (full_state_dict(each.engine.module) for each in (trainer, fresh_trainer))
+        return {
+            "skipped": world.gather(skipped),
+            "same_weights": same,
+            "same_after": goes_on == first and all(torch.equal(one[name], two[name]) for name in one or {}),
+        }
 
     return case
 
@@ -518,7 +527,12 @@ CASES: dict[str, Case] = {
         for adapter in ("none", "lora")
     },
     **{f"uneven-{stage}-{number}": uneven_case(stage, number) for stage in (0, 3) for number in (1, 5)},
-    **{f"nan-{stage}-{where}": non_finite_case(stage, where) for stage in STAGES for where in ("loss", "gradient")},
+    **{
+        f"nan-{stage}-{where}-{dtype}": non_finite_case(stage, where, dtype)
+        for stage in STAGES
+        for where in ("loss", "gradient")
+        for dtype in ("float32", "bfloat16")
+    },
     **{f"export-{adapter}-{stage}": export_case(adapter, stage) for adapter in ("none", "lora") for stage in (2, 3)},
     "refused-file": refused_case(data__train="missing.jsonl"),
     "refused-column": refused_case(data__columns={"completion": "answr"}),
