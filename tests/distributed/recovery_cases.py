@@ -113,7 +113,7 @@ def damage_case(world: World, folder: Path) -> dict[str, Any]:
                 damage(run_dir / "checkpoints" / f"step-{step:08d}")
         world.barrier()
 
-    blind = mock.patch.object(recovery, "candidates", lambda run: [])
+    blind = mock.patch.object(recovery, "candidates", return_value=[])
     for name, damage in DAMAGE.items():
         restore(damage)
         with warnings() as said, suppress_on(world.rank == 1, blind):
@@ -324,10 +324,10 @@ def changed_inputs_case(world: World, folder: Path) -> dict[str, str]:
         world.barrier()
 
     changed("data", inputs / "train.jsonl", '"completion": "', '"completion": "sun ')
-    changed("tokenizer", inputs / "llama" / "tokenizer.json", '"cat"', '"cot"')
+    changed("tokenizer", inputs / "llama" / "tokenizer.json", '"!"', '"é"')
     with (
         warnings() as said,
-        mock.patch("ssgen_ds.build.run_folder.package_versions", lambda: {"torch": "0.0", "deepspeed": None}),
+        mock.patch("ssgen_ds.build.run_folder.package_versions", return_value={"torch": "0.0"}),
     ):
         fit_and_export(recipe, world)
     return {**messages, "version": "\n".join(said)}

@@ -91,7 +91,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_goes_on(folder: Path, referenc
 @pytest.mark.parametrize(("rank", "phase"), [(1, "backward"), pytest.param(0, "mixing", marks=pytest.mark.faults)])
 def test_a_rank_that_stands_still_is_named(folder: Path, reference: Path, rank: int, phase: str) -> None:
     name = f"stop-{phase}"
-    result = train(folder, name, f"stop@{phase}:{rank}:3", recovery__rank_silence=5)
+    result = train(folder, name, f"delay=2@{phase}:{rank}:3,stop@{phase}:{rank}:3", recovery__rank_silence=5)
     assert result.returncode != 0
     if rank == 1:
         assert "error: rank 1 on " in result.stderr and "last in backward of step 3" in result.stderr, result
