@@ -96,6 +96,34 @@ def export(
 
 
 @app.command()
+def slurm(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs, one rank on each.")] = 0,
+    time: Annotated[str, typer.Option(help="Limit, as sbatch takes it: 24:00:00.")] = "",
+    account: str = "",
+    partition: str = "",
+    module: Annotated[list[str] | None, typer.Option(help="To load; may be given several times.")] = None,
+    venv: Annotated[Path | None, typer.Option(help="To activate.")] = None,
+    container: Annotated[str, typer.Option(help="Image for apptainer.")] = "",
+    launcher: Annotated[str, typer.Option(help="srun or deepspeed.")] = "srun",
+    requeue: Annotated[bool, typer.Option("--requeue", help="Go on by itself after preemption or time limit.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Script to write; default: standard output.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
+) -> None:
+    """Make a batch script for SLURM from a recipe, and submit it."""
+    from ssgen_ds.slurm import SlurmSettings
+    from ssgen_ds.slurm import slurm as run
+
+    settings = SlurmSettings(
+        recipe, overrides or [], nodes, gpus_per_node, time, account, partition, module or [], venv, container,
+        launcher, requeue,
+    )  # fmt: skip
+    run(settings, out, submit)
+
+
+@app.command()
 def bench(
     what: Annotated[str, typer.Argument(help="selfgen", show_default=False)],
     rows: Annotated[str, typer.Option(help="Rows to measure, S1,S2,...; earlier results of the others stay.")] = "",

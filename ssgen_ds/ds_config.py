@@ -25,12 +25,18 @@ _OWNED = {
 }
 
 
-def find_template(name: str) -> Path:
-    """A template by path: in the working directory first, then beside the package (checkout), then inside it."""
+def find_shipped(name: str) -> Path | None:
+    """A file by path: in the working directory first, then beside the package (checkout), then inside it."""
     package = Path(ssgen_ds.__file__).parent
-    for root in (Path(), package.parent, package):
-        if (root / name).is_file():
-            return root / name
+    return next((root / name for root in (Path(), package.parent, package) if (root / name).is_file()), None)
+
+
+def find_template(name: str) -> Path:
+    """A DeepSpeed file by path, as `find_shipped` finds it. Raises UserError naming those there are."""
+    file = find_shipped(name)
+    if file is not None:
+        return file
+    package = Path(ssgen_ds.__file__).parent
     available = sorted(str(path) for path in (package.parent / "ds_configs").glob("*.json"))
     raise UserError(f"deepspeed: no such file: {name}; shipped with ssgen: {', '.join(available) or 'none found'}")
 

@@ -1,0 +1,139 @@
+"""The scripts of `slurm/` through sbatch on a real cluster; F13 and F14 of FAULTS.md. Compared bit for bit.
+
+The long ones are marked `faults`: `make test-faults`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Cluster
+from tests.cluster.runs import STEPS, recipe_file, reference
+from tests.e2e.test_launchers import rows, same_training
+
+
+def complete(run_dir: Path) -> list[str]:
+    return sorted(marker.parent.name for marker in (run_dir / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def outcomes(run_dir: Path) -> list[tuple[int, str]]:
+    """Of each start: the step that it began from, and how it ended."""
+    lines = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
+    starts = [line["step"] for line in lines if "outcome" not in line]
+    return list(zip(starts, [line["outcome"] for line in lines if "outcome" in line], strict=False))
+
+
+@pytest.mark.parametrize("method", ["bss", "rac"])
+def test_two_nodes_train_as_two_local_ranks_do(cluster: Cluster, inputs: Path, method: str) -> None:
+    job = cluster.submit("train.sbatch", str(recipe_file(inputs, f"nodes-{method}", method)))
+    facts = cluster.finish(job)
+    assert facts["ExitCode"] == "0:0", cluster.log(job)
+    assert same_training(inputs / "runs" / f"nodes-{method}", reference(inputs, method))
+
+
+def test_the_deepspeed_launcher_stops_and_goes_on(cluster: Cluster, inputs: Path) -> None:
+    """The signal reaches the ranks, not the launcher, which would leave them behind; 75 comes back."""
+    run_dir = inputs / "runs" / "launcher"
+    recipe = str(recipe_file(inputs, "launcher"))
+    job = cluster.submit("deepspeed.sbatch", recipe, SSGEN_FAULT="delay=8@backward:0:3,delay=8@backward:1:3")
+    cluster.wait_until(job, lambda: len(rows(run_dir)) == 2)
+    cluster.run("scancel", "--signal=USR1", job)
+    assert cluster.finish(job)["ExitCode"] == "75:0", cluster.log(job)
+    assert complete(run_dir) == ["step-00000002", "step-00000003"]
+    job = cluster.submit("deepspeed.sbatch", recipe)
+    assert cluster.finish(job)["ExitCode"] == "0:0", cluster.log(job)
+    assert same_training(run_dir, reference(inputs))
+
+
+def test_a_signal_saves_and_requeues_once(cluster: Cluster, inputs: Path) -> None:
+    """F13: the same job, the same log, the exact number of steps."""
+    run_dir = inputs / "runs" / "requeued"
+    job = cluster.submit(
+        "requeue.sbatch", str(recipe_file(inputs, "requeued")), SSGEN_FAULT="delay=8@pass:0:3,delay=8@pass:1:3"
+    )
+    cluster.wait_until(job, lambda: len(rows(run_dir)) == 2)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    facts = cluster.finish(job, timeout=240)
+    assert (facts["ExitCode"], facts["Restarts"]) == ("0:0", "1"), cluster.log(job)
+    log = cluster.log(job)
+    assert log.index("stopped on request at step 2") < log.index("resumed at step 2"), "appended, not overwritten"
+    assert outcomes(run_dir) == [(0, "stopped"), (2, "finished")]
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
+    assert same_training(run_dir, reference(inputs))
+
+
+def test_a_wrong_recipe_is_not_requeued(cluster: Cluster, inputs: Path) -> None:
+    job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "wrong")), "train.lr=fast")
+    facts = cluster.finish(job)
+    assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0")
+    assert "train.lr" in cluster.log(job) and "Traceback" not in cluster.log(job)
+
+
+@pytest.mark.faults
+def test_the_time_limit_saves_and_requeues(cluster: Cluster, inputs: Path) -> None:
+    """F13: a limit of one minute, told 40 s before; each start gets one or a few steps done."""
+    run_dir = inputs / "runs" / "limited"
+    delays = ",".join(f"delay=12@backward:{rank}:{step}" for rank in (0, 1) for step in range(1, STEPS + 1))
+    options = ("--time=1", "--signal=B:USR1@40")
+    job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "limited")), options=options, SSGEN_FAULT=delays)
+    facts = cluster.finish(job, timeout=600)
+    assert facts["ExitCode"] == "0:0" and int(facts["Restarts"]) >= 1, cluster.log(job)
+    assert [how for _, how in outcomes(run_dir)] == ["stopped"] * int(facts["Restarts"]) + ["finished"]
+    assert same_training(run_dir, reference(inputs))
+
+
+@pytest.mark.faults
+def test_preemption_saves_and_requeues(cluster: Cluster, inputs: Path) -> None:
+    """A job of a higher partition takes the nodes: the ranks get SIGTERM and the grace time."""
+    run_dir = inputs / "runs" / "preempted"
+    fault = "delay=6@backward:0:3,delay=6@backward:1:3"
+    job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "preempted")), SSGEN_FAULT=fault)
+    cluster.wait_until(job, lambda: len(rows(run_dir)) == 2)
+    cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+    facts = cluster.finish(job, timeout=300)
+    assert facts["ExitCode"] == "0:0" and facts["Restarts"] == "1", cluster.log(job)
+    assert outcomes(run_dir)[0] == (0, "stopped")
+    assert same_training(run_dir, reference(inputs))
+
+
+@pytest.mark.faults
+def test_requeued_in_the_middle_of_a_save(cluster: Cluster, inputs: Path) -> None:
+    """F14: `scontrol requeue` kills all processes while the shards of step 4 are being written."""
+    run_dir = inputs / "runs" / "mid-save"
+    recipe = str(recipe_file(inputs, "mid-save", train__max_steps=6))
+    job = cluster.submit("requeue.sbatch", recipe, SSGEN_FAULT="delay=15@written:1:4")
+    partial = run_dir / "checkpoints" / ".partial-step-00000004"
+    cluster.wait_until(job, lambda: any(partial.glob("shard-*")))
+    cluster.run("scontrol", "requeue", job)
+    facts = cluster.finish(job, timeout=300)
+    assert facts["ExitCode"] == "0:0" and int(facts["Restarts"]) >= 1, cluster.log(job)
+    assert "resumed at step 2" in cluster.log(job)
+    whole = inputs / "runs" / "mid-save-reference"
+    other = cluster.submit("train.sbatch", str(recipe_file(inputs, "mid-save-reference", train__max_steps=6)))
+    assert cluster.finish(other)["ExitCode"] == "0:0"
+    assert same_training(run_dir, whole)
+
+
+@pytest.mark.faults
+def test_a_killed_node_ends_the_job_fast_and_it_goes_on(cluster: Cluster, inputs: Path) -> None:
+    """F14: the rank of one node is killed; the other ends by itself, the job requeues, the result is the same."""
+    run_dir = inputs / "runs" / "node-lost"
+    fault = "delay=1@backward:1:3,kill@backward:1:3"
+    job = cluster.submit(
+        "requeue.sbatch", str(recipe_file(inputs, "node-lost", recovery__rank_silence=10)), SSGEN_FAULT=fault
+    )
+    cluster.wait_until(job, lambda: len(rows(run_dir)) == 2)
+    began = time.monotonic()
+    cluster.wait_until(job, lambda: "requeued" in cluster.log(job))
+    assert time.monotonic() - began < 30
+    assert "rank 1 on " in cluster.log(job)
+    facts = cluster.finish(job, timeout=300)
+    # The second start meets the fault again at step 3: the third is its last, then the crash loop is stopped.
+    assert facts["ExitCode"] in ("0:0", "2:0"), cluster.log(job)
+    clean = cluster.submit("train.sbatch", str(recipe_file(inputs, "node-lost")), "recovery.max_restarts=0")
+    assert cluster.finish(clean)["ExitCode"] == "0:0", cluster.log(clean)
+    assert same_training(run_dir, reference(inputs))
