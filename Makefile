@@ -1,12 +1,12 @@
 # make demo: set up and run the main job on the embedded model and data.   make test: set up and pass the tests.
-# make test-faults: every fault of docs/clusters.md on real ranks.
+# make test-faults: every fault of docs/clusters.md on real ranks.   make slurm: write slurm/*.sbatch anew from their template.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-faults lint setup clean
+.PHONY: demo test test-faults slurm lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
@@ -16,7 +16,10 @@ test: setup lint
 	$(BIN)/python -m pytest tests -m "not faults"
 
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults tests/cluster
+
+slurm: setup
+	$(BIN)/python -m ssgen_ds.slurm slurm
 
 lint: setup
 	$(BIN)/ruff check .

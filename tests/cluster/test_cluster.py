@@ -41,6 +41,7 @@ def test_the_deepspeed_launcher_stops_and_goes_on(cluster: Cluster, inputs: Path
     recipe = str(recipe_file(inputs, "launcher"))
     job = cluster.submit("deepspeed.sbatch", recipe, SSGEN_FAULT="delay=8@backward:0:3,delay=8@backward:1:3")
     cluster.wait_until(job, lambda: len(rows(run_dir)) == 2)
+    time.sleep(3)  # now both are in the backward pass of step 3
     cluster.run("scancel", "--signal=USR1", job)
     assert cluster.finish(job)["ExitCode"] == "75:0", cluster.log(job)
     assert complete(run_dir) == ["step-00000002", "step-00000003"]

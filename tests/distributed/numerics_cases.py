@@ -56,7 +56,7 @@ def weights_hash(run_dir: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted((run_dir / "model").glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
-            digest.update(name.encode() + tensor.numpy().tobytes())
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
