@@ -92,7 +92,6 @@ class Phases:
     step: int = 0  # 1-based optimizer step in progress; 0 before the first
     names: tuple[str, ...] = ("start",)
     failed_in: str = ""  # the innermost place that the last exception has left
-    _failure: int = 0
     progress: float = field(init=False)  # clock time of the last phase entered or left, or tick
 
     def __post_init__(self) -> None:
@@ -107,8 +106,8 @@ class Phases:
             self.tick(name)
             yield
         except BaseException as error:
-            if id(error) != self._failure:
-                self._failure, self.failed_in = id(error), self.place
+            # Kept on the error itself: it passes through the outer phases, too, and an id may be used again.
+            self.failed_in = error.__dict__.setdefault("failed_in", self.place)
             raise
         finally:
             self.names, self.step = outer

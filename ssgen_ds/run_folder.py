@@ -16,7 +16,7 @@ import yaml
 from ssgen_ds.attempts import ATTEMPTS_FILE
 from ssgen_ds.config import Recipe, changed_keys, dump_recipe, parse_recipe
 from ssgen_ds.errors import UserError
-from ssgen_ds.run_lock import LOCK_FILE
+from ssgen_ds.run_lock import LOCK_FILE, LOCK_REMNANTS
 
 PACKAGES = ("ssgen-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
 
@@ -30,7 +30,8 @@ def open_run(recipe: Recipe) -> None:
     saved = run_dir / "recipe.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"output_dir: {run_dir} is a file")
-    if run_dir.is_dir() and any(entry.name not in (LOCK_FILE, ATTEMPTS_FILE) for entry in run_dir.iterdir()):
+    ours = {run_dir / LOCK_FILE, run_dir / ATTEMPTS_FILE, *run_dir.glob(LOCK_REMNANTS)}
+    if run_dir.is_dir() and set(run_dir.iterdir()) - ours:
         if not saved.is_file():
             raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
         if recipe.resume == "never":

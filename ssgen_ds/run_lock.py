@@ -7,6 +7,7 @@ Comparing contents needs no clock that two nodes agree on, and no file locks, wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ssgen_ds.distributed import World
 
 LOCK_FILE = "LOCK"
+LOCK_REMNANTS = f".{LOCK_FILE}-*"  # beats and claims on their way
 BEAT_SECONDS = 3.0
 PATIENCE_SECONDS = 4 * BEAT_SECONDS  # without a beat; then the owner is dead
 SHARED_SECONDS = 10.0  # a network file system may show a new file this late
@@ -41,6 +43,7 @@ class RunLock:
 
     run_dir: Path
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _owner: _Owner = field(default_factory=lambda: _Owner.me(), init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
     _created: bool = field(default=False, init=False)
 
@@ -79,7 +82,7 @@ class RunLock:
         return True
 
     def _content(self, beat: int) -> dict[str, Any]:
-        return {"token": self.token, "beat": beat, **asdict(_Owner.me())}
+        return {"token": self.token, "beat": beat, **asdict(self._owner)}
 
     def _beat(self) -> None:
         beat = 0
@@ -109,13 +112,27 @@ class RunLock:
                     "wait for it, stop it, or name another output_dir"
                 )
             time.sleep(_NAP)
-        # Renamed first: of two that find the same dead lock, one gets it and the other starts over.
-        tomb = self.file.with_name(f".{LOCK_FILE}-{self.token}")
+        if first is not None:
+            self._bury(first["token"])
+
+    def _bury(self, token: str) -> None:
+        """Remove the lock with this token and no other: of several that found it dead, the one with the claim does.
+
+        Without the claim, a slow one could remove the lock that a quick one has taken meanwhile.
+        """
+        claim = self.file.with_name(f".{LOCK_FILE}-claim-{hashlib.sha256(token.encode()).hexdigest()[:16]}")
         try:
-            os.rename(self.file, tomb)
-            tomb.unlink()
-        except FileNotFoundError:
-            pass
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while claim.exists() and time.monotonic() < deadline:
+                time.sleep(_NAP)
+            if time.monotonic() >= deadline:
+                claim.unlink(missing_ok=True)  # whoever made it died within the next two lines
+            return
+        if (_read(self.file) or {"token": ""})["token"] == token:
+            self.file.unlink()
+        claim.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""One job at a time writes a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ssgen_ds import run_lock
+from ssgen_ds.errors import UserError
+from ssgen_ds.run_lock import LOCK_FILE, RunLock
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(run_lock, "_NAP", 0.02)
+
+
+def write_lock(folder: Path, **content: object) -> None:
+    folder.mkdir(exist_ok=True)
+    owner = {"token": "t", "beat": 3, "host": "elsewhere", "pid": 1, "job": "", "since": "yesterday", **content}
+    (folder / LOCK_FILE).write_text(json.dumps(owner))
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_taken_and_given_back(tmp_path):
+    lock = RunLock(tmp_path / "run").acquire()
+    assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not (tmp_path / "run").exists(), "nothing came into the folder"
+
+
+def test_a_folder_with_something_in_it_stays(tmp_path):
+    lock = RunLock(tmp_path / "run").acquire()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    lock.release()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+
+
+def test_a_second_job_is_refused_by_the_name_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    lock = RunLock(tmp_path).acquire()
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .*, SLURM job 41, at "):
+        RunLock(tmp_path).acquire()
+    lock.release()
+    RunLock(tmp_path).acquire().release()
+
+
+def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 60.0)
+    write_lock(tmp_path, host=os.uname().nodename, pid=dead_process())
+    lock = RunLock(tmp_path).acquire()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["token"] == lock.token
+    lock.release()
+
+
+def test_a_lock_of_another_host_that_rests_is_taken_over(tmp_path):
+    write_lock(tmp_path)
+    RunLock(tmp_path).acquire().release()
+
+
+def test_an_earlier_start_of_the_same_job_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    write_lock(tmp_path, job="41")
+    RunLock(tmp_path).acquire().release()
+
+
+def test_a_lock_cut_short_while_it_was_written(tmp_path):
+    (tmp_path / LOCK_FILE).write_text('{"token": "t", "be')
+    RunLock(tmp_path).acquire().release()
+
+
+def test_a_lock_that_was_taken_over_stays(tmp_path):
+    lock = RunLock(tmp_path).acquire()
+    lock._ended.set()  # its heart stops, as on a node that hangs
+    write_lock(tmp_path, token="another's")
+    lock.release()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["token"] == "another's"
+
+
+def test_of_two_that_find_a_dead_lock_one_gets_it(tmp_path):
+    write_lock(tmp_path)
+
+    def take(_: int) -> str:
+        try:
+            RunLock(tmp_path).acquire()
+        except UserError:
+            return "refused"
+        return "taken"
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(pool.map(take, range(3))) == ["refused", "refused", "taken"]
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="is a file"):
+        RunLock(tmp_path / "run").acquire()
