@@ -24,8 +24,10 @@ def test_faults_are_read():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "kill", "kill@backward", "kill@backward:1", "kill@backward:x:1", "explode@pass:0:1", "delay@pass:0:1"]
-    + ["delay=long@pass:0:1", "kill=9@pass:0:1", "kill@pass:0:1,", "kill@pass:0:1:2"],
+    [
+        *("", "kill", "kill@backward", "kill@backward:1", "kill@backward:x:1", "explode@pass:0:1", "delay@pass:0:1"),
+        *("delay=long@pass:0:1", "kill=9@pass:0:1", "kill@pass:0:1,", "kill@pass:0:1:2"),
+    ],
 )
 def test_a_fault_of_another_form_is_refused(text):
     with pytest.raises(UserError, match=r"SSGEN_FAULT: .* is not kind@phase:rank:step with a kind of kill"):

@@ -93,8 +93,9 @@ def test_a_lock_that_was_taken_over_stays(tmp_path):
     assert json.loads((tmp_path / LOCK_FILE).read_text())["token"] == "another's"
 
 
-def test_of_two_that_find_a_dead_lock_one_gets_it(tmp_path):
-    write_lock(tmp_path)
+@pytest.mark.parametrize("how", [{}, {"host": os.uname().nodename, "pid": 2**22 + 1}])
+def test_of_several_that_find_a_dead_lock_one_gets_it(tmp_path, how):
+    write_lock(tmp_path, **how)
 
     def take(_: int) -> str:
         try:
