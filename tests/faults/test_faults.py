@@ -6,6 +6,7 @@ The short ones run with `make test`; those marked `faults`, minutes each, with `
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import sys
@@ -75,14 +76,27 @@ QUICK, LONG = ["backward", "shard"], ["generate", "mixing", "drafting", "pass", 
 
 @pytest.mark.parametrize("phase", QUICK + [pytest.param(phase, marks=pytest.mark.faults) for phase in LONG])
 def test_a_killed_rank_ends_the_other_and_the_run_goes_on(folder: Path, reference: Path, phase: str) -> None:
-    """F1 (and F4, F5 in `shard` and `written`): the second save is the one that is hit."""
+    """F1, F5: the second save is the one that is hit."""
     step = 5 if phase in ("generate", "mixing", "drafting", "pass") else 4
     began = time.monotonic()
-    result = train(folder, f"kill-{phase}", f"kill@{phase}:1:{step}")
+    # F5: in the middle of its shard, while the other has long written its own.
+    delay = f"delay=3@{phase}:1:{step}," if phase == "shard" else ""
+    result = train(folder, f"kill-{phase}", f"{delay}kill@{phase}:1:{step}")
     assert result.returncode != 0
     assert time.monotonic() - began < LOST + 30  # the start takes up to 30 s on a busy machine
     assert complete(folder / "runs" / f"kill-{phase}") == ["step-00000002"] + ["step-00000004"] * (step == 5)
     assert_goes_on(folder, f"kill-{phase}", reference)
+
+
+@pytest.mark.faults
+def test_two_signals_and_a_kill_during_the_save(folder: Path, reference: Path) -> None:
+    """F4: a stop is under way, another signal comes while saving, then the kill; the stale folder is written over."""
+    result = train(folder, "impatient", "term@backward:0:4,term@shard:0:4,term@written:0:4,kill@publish:0:4")
+    assert result.returncode != 0
+    assert complete(folder / "runs" / "impatient") == ["step-00000002"]
+    assert list((folder / "runs" / "impatient" / "checkpoints").glob(".partial-step-00000004/shard-*"))
+    assert "resumed at step 2" in assert_goes_on(folder, "impatient", reference).stdout
+    assert not list((folder / "runs" / "impatient" / "checkpoints").glob(".partial-*"))
 
 
 # F2 -------------------------------------------------------------------------------------------------------------------
@@ -136,6 +150,33 @@ def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
     assert "started 2 times from step 2 and never got further" in again.stderr, again
     assert "rank 1 on " in again.stderr and "optimizer of step 3: RuntimeError" in again.stderr
     assert "Traceback" not in again.stderr.split("elastic")[0]
+
+
+# soak -----------------------------------------------------------------------------------------------------------------
+
+PLACES = ("generate", "pass", "mixing", "drafting", "forward", "backward", "optimizer", "shard", "written", "publish")
+HARM = ("kill", "term", "usr1", "enospc", "eacces", "raise", "delay=2,stop")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_soak(folder: Path, reference: Path, seed: int) -> None:
+    """A random fault on a random rank in a random phase at each of ten starts, then none: bit-equal at the end."""
+    rng = random.Random(seed)
+    name = f"soak-{seed}"
+    run_dir = folder / "runs" / name
+    settings = {"checkpoint__every": 1, "recovery__rank_silence": 5, "recovery__max_restarts": 0}
+    for _ in range(10):
+        rank, step = rng.randrange(2), len(rows(run_dir)) + rng.randint(1, 2)
+        harm, phase = rng.choice(HARM), rng.choice(PLACES)
+        fault = ",".join(f"{kind}@{phase}:{rank}:{step}" for kind in harm.split(","))
+        result = train(folder, name, fault, rng.choice([torchrun, deepspeed]), **settings)
+        assert result.returncode in (0, 1, 2, 75, -9, 137, 247), (fault, result)
+        assert "Traceback" not in result.stderr.split("elastic")[0] or harm == "raise", (fault, result)
+    result = train(folder, name, **settings)
+    assert result.returncode == 0, result
+    assert same_training(run_dir, reference)
 
 
 # the launcher, the lock -----------------------------------------------------------------------------------------------
