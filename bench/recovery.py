@@ -2,7 +2,7 @@
 
     python -m bench.recovery [--ranks 2] [--recipe recipes/smoke.yaml] [key=value ...]
 
-Three starts of one run under the deepspeed launcher: the first gets SIGUSR1 in the middle of a generation, the second is
+Three starts of one run under the deepspeed launcher: the first gets SIGUSR1 as a generation begins, the second is
 killed with all its ranks, the third ends the run. Writes bench/results/recovery.json.
 """
 
