@@ -67,6 +67,21 @@ def test_a_signal_saves_and_requeues_once(cluster: Cluster, inputs: Path) -> Non
     assert same_training(run_dir, reference(inputs))
 
 
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, inputs: Path) -> None:
+    run_dir = inputs / "runs" / "cancelled"
+    fault = "delay=5@backward:0:2,delay=5@backward:1:2"
+    job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "cancelled")), SSGEN_FAULT=fault)
+    cluster.wait_until(job, lambda: len(rows(run_dir)) == 1)
+    cluster.run("scancel", job)
+    while cluster.run("squeue", "-h", "-o", "%T"):
+        time.sleep(0.3)
+    time.sleep(8)  # longer than a requeued job waits
+    facts = cluster.show(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
+    assert outcomes(run_dir) == [(0, "stopped")]
+    assert complete(run_dir), cluster.log(job)
+
+
 def test_a_wrong_recipe_is_not_requeued(cluster: Cluster, inputs: Path) -> None:
     job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "wrong")), "train.lr=fast")
     facts = cluster.finish(job)
