@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from ssgen_ds import recovery
+from ssgen_ds import recovery, run_lock
 from ssgen_ds.checkpoint import problems_of
 from ssgen_ds.config import Recipe
 from ssgen_ds.distributed import World
@@ -333,6 +333,18 @@ def changed_inputs_case(world: World, folder: Path) -> dict[str, str]:
     return {**messages, "version": "\n".join(said)}
 
 
+def unshared_case(world: World, folder: Path) -> list[str]:
+    """Each rank sees a folder of its own by the name of output_dir, as on nodes that share no file system."""
+    message = ""
+    with mock.patch.object(run_lock, "SHARED_SECONDS", 1.0):
+        try:
+            with run_lock.locked(folder / f"seen-by-{world.rank}", world):
+                pass
+        except UserError as error:
+            message = str(error)
+    return world.gather(message) + [path.name for path in folder.glob("seen-by-*")]
+
+
 def adapter_only_case(world: World, folder: Path) -> dict[str, Any]:
     """A LoRA checkpoint holds the adapter, and is as small as that."""
     from safetensors import safe_open
@@ -375,6 +387,7 @@ CASES: dict[str, Case] = {
     **{f"take-{name}": take_case(name, 1) for name in RESHARDED},
     **{f"leave-{name}": leave_case(name) for name in RESHARDED},
     "changed-inputs": changed_inputs_case,
+    "unshared": unshared_case,
     "adapter-only": adapter_only_case,
     **{f"bf16-{stage}": bf16_resume(stage) for stage in (0, 1, 2, 3)},
     "offload": offloaded_resume_case,

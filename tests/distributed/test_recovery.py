@@ -101,6 +101,12 @@ def test_other_inputs_are_refused_and_other_versions_are_said(results):
     assert "was written with torch 2." in messages["version"] and "now 0.0" in messages["version"]
 
 
+def test_a_folder_that_the_nodes_do_not_share_is_refused_on_all_ranks(results):
+    first, second = results["unshared"]  # and nothing is left of it
+    assert first == second
+    assert first.startswith("output_dir: rank 1 on ") and "put it on a file system that all nodes share" in first
+
+
 def test_a_lora_checkpoint_holds_the_adapter_and_nothing_else(results):
     result = results["adapter-only"]
     assert result["problems"] == []
