@@ -107,10 +107,7 @@ def test_a_rank_that_stands_still_is_named(folder: Path, reference: Path, rank: 
     name = f"stop-{phase}"
     result = train(folder, name, f"delay=2@{phase}:{rank}:3,stop@{phase}:{rank}:3", recovery__rank_silence=5)
     assert result.returncode != 0
-    if rank == 1:
-        assert "error: rank 1 on " in result.stderr and "last in backward of step 3" in result.stderr, result
-    else:
-        assert "error: rank 0: its store has not answered" in result.stderr, result
+    assert f"error: rank {rank} on " in result.stderr and f"last in {phase} of step 3" in result.stderr, result
     assert "Traceback" not in result.stderr.split("elastic")[0]
     assert_goes_on(folder, name, reference)
 
@@ -144,7 +141,7 @@ def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
     assert [result.returncode for result in results] == [1, 1, 1]  # torchrun turns 2 into 1
     assert "RuntimeError: injected in optimizer at step 3" in results[0].stderr
     attempts = [json.loads(line) for line in (folder / "runs" / name / "attempts.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in attempts if "outcome" not in row] == [0, 2]
+    assert [row["step"] for row in attempts if "outcome" not in row] == [0, 2, 2]
     again = train(folder, name, fault, recovery__max_restarts=1, checkpoint__every=1)
     assert again.returncode == 1
     assert "started 2 times from step 2 and never got further" in again.stderr, again
@@ -173,7 +170,10 @@ def test_soak(folder: Path, reference: Path, seed: int) -> None:
         fault = ",".join(f"{kind}@{phase}:{rank}:{step}" for kind in harm.split(","))
         result = train(folder, name, fault, rng.choice([torchrun, deepspeed]), **settings)
         assert result.returncode in (0, 1, 2, 75, -9, 137, 247), (fault, result)
-        assert "Traceback" not in result.stderr.split("elastic")[0] or harm == "raise", (fault, result)
+        assert "Traceback" not in result.stderr.split("elastic")[0] or harm in ("raise", "enospc", "eacces"), (
+            fault,
+            result,
+        )
     result = train(folder, name, **settings)
     assert result.returncode == 0, result
     assert same_training(run_dir, reference)
