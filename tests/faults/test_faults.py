@@ -6,6 +6,7 @@ The short ones run with `make test`; those marked `faults`, minutes each, with `
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ssgen_ds.config import dump_recipe
@@ -183,14 +185,15 @@ def test_soak(folder: Path, reference: Path, seed: int) -> None:
 
 
 def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path) -> None:
-    """SIGTERM to the deepspeed launcher leaves its ranks behind; a second job is refused as long as they live."""
+    """A launcher that dies leaves its ranks behind; a second job is refused as long as they live, and they save."""
     name = "orphans"
     command = deepspeed("ssgen_ds.train", str(recipe_file(folder, name)))
-    process = start(command, SSGEN_FAULT="delay=12@backward:0:3,delay=12@backward:1:3")
+    process = start(command, SSGEN_FAULT="delay=30@backward:0:3,delay=30@backward:1:3")
     wait_until(process, lambda: len(rows(folder / "runs" / name)) == 2)
     refused = run([str(Path(sys.executable).parent / "ssgen"), "train", str(folder / f"{name}.yaml")], LIMIT)
     assert refused.returncode == 2 and "is being written by process" in refused.stderr, refused
-    process.send_signal(signal.SIGKILL)
+    for launcher in (process.pid, *(child.pid for child in psutil.Process(process.pid).children())):
+        os.kill(launcher, signal.SIGKILL)  # the command and the process of this node; the ranks are below it
     finish(process, LIMIT)
     deadline = time.monotonic() + 60
     while complete(folder / "runs" / name)[-1] != "step-00000003" and time.monotonic() < deadline:
