@@ -91,10 +91,10 @@ def test_a_wrong_recipe_is_not_requeued(cluster: Cluster, inputs: Path) -> None:
 
 @pytest.mark.faults
 def test_the_time_limit_saves_and_requeues(cluster: Cluster, inputs: Path) -> None:
-    """F13: a limit of one minute, told 40 s before; each start gets one or a few steps done."""
+    """F13: a limit of two minutes, told 60 s before; each start gets some steps done."""
     run_dir = inputs / "runs" / "limited"
-    delays = ",".join(f"delay=12@backward:{rank}:{step}" for rank in (0, 1) for step in range(1, STEPS + 1))
-    options = ("--time=1", "--signal=B:USR1@40")
+    delays = ",".join(f"delay=15@backward:{rank}:{step}" for rank in (0, 1) for step in range(1, STEPS + 1))
+    options = ("--time=2", "--signal=B:USR1@60")
     job = cluster.submit("requeue.sbatch", str(recipe_file(inputs, "limited")), options=options, SSGEN_FAULT=delays)
     facts = cluster.finish(job, timeout=600)
     assert facts["ExitCode"] == "0:0" and int(facts["Restarts"]) >= 1, cluster.log(job)
