@@ -16,6 +16,10 @@ class UserError(Exception):
         return cls("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
 
 
+class RankError(UserError):
+    """A user error that the other ranks may not know of: this rank says it, whichever it is."""
+
+
 class StopRequested(Exception):
     """Raised at a safe point after a signal, on every rank, once a complete checkpoint is written."""
 

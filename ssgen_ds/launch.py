@@ -14,6 +14,7 @@ from ssgen_ds.errors import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     NonFiniteError,
+    RankError,
     RankLost,
     StopRequested,
     UserError,
@@ -50,7 +51,7 @@ def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         work(arguments)
     except UserError as error:
-        _leave(EXIT_USER_ERROR, f"error: {error}")
+        _leave(EXIT_USER_ERROR, f"error: {error}", speak=isinstance(error, RankError))
     except StopRequested as stopped:
         _leave(EXIT_STOPPED, str(stopped))
     except NonFiniteError as error:
@@ -63,8 +64,8 @@ def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
     sys.exit(EXIT_OK)
 
 
-def _leave(code: int, message: str) -> None:
-    if is_first_rank():  # the others say the same
+def _leave(code: int, message: str, speak: bool = False) -> None:
+    if speak or is_first_rank():  # the others say the same
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ssgen_ds.errors import UserError
+from ssgen_ds.errors import RankError, UserError
 
 _RETRY_SECONDS = 0.5
 _ANSWER_SECONDS = 30.0  # on top of the limit: rank 0 answers after it has waited that long for the others
@@ -45,14 +45,14 @@ def join(place: Place, seconds: float) -> dist.Store:
     store.set_timeout(timedelta(seconds=seconds))
     came = store.add(f"came/{place.rank}", 1)
     if came > 1:
-        raise UserError(_doubled(store, place))
+        raise RankError(_doubled(store, place))
     store.set(f"place/{place.rank}", json.dumps(asdict(place)))
     if place.rank == 0:
         store.set("answer", json.dumps(_examine(store, place.size, seconds)))
     try:
         store.wait(["answer"], timedelta(seconds=seconds + _ANSWER_SECONDS))
     except dist.DistError:
-        raise UserError(_at(place, f"rank 0 did not answer within {seconds + _ANSWER_SECONDS:.0f} s")) from None
+        raise RankError(_at(place, f"rank 0 did not answer within {seconds + _ANSWER_SECONDS:.0f} s")) from None
     problems = json.loads(store.get("answer"))
     if problems:
         raise UserError.from_list("the ranks do not fit together", problems)
@@ -74,7 +74,7 @@ def connect(place: Place, seconds: float) -> dist.TCPStore:
                     f"port {port} is in use, perhaps by another job on this machine; name another: "
                     "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N with srun"
                 ) from None
-            raise UserError(_at(place, f"cannot open the rendezvous {host}:{port}: {_first_line(error)}")) from None
+            raise RankError(_at(place, f"cannot open the rendezvous {host}:{port}: {_first_line(error)}")) from None
     _reach(place, host, port, seconds)
     return dist.TCPStore(host, port, place.size, False, limit, wait_for_workers=False)
 
@@ -83,7 +83,7 @@ def _resolve(place: Place, host: str, port: int) -> None:
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        raise UserError(
+        raise RankError(
             _at(place, f"the rendezvous host MASTER_ADDR={host} has no address ({error.strerror})")
             + "; give a name or an address that every node can resolve"
         ) from None
@@ -96,7 +96,7 @@ def _reach(place: Place, host: str, port: int, seconds: float) -> None:
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise UserError(
+            raise RankError(
                 _at(place, f"no rendezvous at MASTER_ADDR={host} MASTER_PORT={port} within {seconds:.0f} s ({problem})")
                 + "; is rank 0 running there, may this node reach that port? recovery.rendezvous is the limit"
             )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ssgen_ds.errors import StopRequested, UserError
+from ssgen_ds.errors import RankError, StopRequested, UserError
 from ssgen_ds.launch import drop_local_rank, guarded, split_arguments
 
 
@@ -70,3 +70,15 @@ def test_information_comes_from_rank_0_and_warnings_from_all(rank, told):
     environment = {**os.environ, "RANK": rank}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert result.stderr.split() == told
+
+
+@pytest.mark.parametrize(("error", "said"), [(RankError("alone"), "error: alone\n"), (UserError("together"), "")])
+def test_another_rank_speaks_only_when_the_first_may_not_know(monkeypatch, capsys, error, said):
+    monkeypatch.setenv("RANK", "1")
+
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(fail, [])
+    assert (caught.value.code, capsys.readouterr().err) == (2, said)
