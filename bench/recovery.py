@@ -28,6 +28,7 @@ LIMIT = 1800.0  # seconds a start may take
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of checkpoints and recovery.")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--recipe", default="recipes/smoke.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")

@@ -118,10 +118,10 @@ def test_preemption_saves_and_requeues(cluster: Cluster, inputs: Path) -> None:
 
 @pytest.mark.faults
 def test_requeued_in_the_middle_of_a_save(cluster: Cluster, inputs: Path) -> None:
-    """F14: `scontrol requeue` kills all processes while the shards of step 4 are being written."""
+    """F14: `scontrol requeue` while step 4 is being saved, for longer than SLURM waits before it kills."""
     run_dir = inputs / "runs" / "mid-save"
     recipe = str(recipe_file(inputs, "mid-save", train__max_steps=6))
-    job = cluster.submit("requeue.sbatch", recipe, SSGEN_FAULT="delay=15@written:1:4")
+    job = cluster.submit("requeue.sbatch", recipe, SSGEN_FAULT="delay=60@written:1:4")
     partial = run_dir / "checkpoints" / ".partial-step-00000004"
     cluster.wait_until(job, lambda: any(partial.glob("shard-*")))
     cluster.run("scontrol", "requeue", job)
