@@ -49,9 +49,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has just become complete."""
+    """What a checkpoint that has just become complete cost."""
 
-    path: Path
     seconds: float  # that training stood still
     nbytes: int  # of all shards
 
@@ -101,7 +100,7 @@ def save_checkpoint(
         last = next(iter(complete_checkpoints(run_dir)), None)
         kept = f"{last} is complete: start again to go on from it" if last else "there is no earlier one"
         raise UserError(f"the checkpoint of step {state.step} was not written; {kept}\n{error}") from None
-    return Saved(final, time.perf_counter() - began, sum(entry.size for entry in entries.values()))
+    return Saved(time.perf_counter() - began, sum(entry.size for entry in entries.values()))
 
 
 def _make_room(run_dir: Path, partial: Path, needed: int) -> None:
@@ -216,9 +215,10 @@ def load_engine(engine: Any, path: Path, world: World) -> None:
     from ssgen_ds.modeling.fragments import Fragments
 
     fragments = Fragments(engine)
+    names = world.broadcast(sorted(file.name for file in path.glob(_SHARDS)))  # a stale rank may see fewer, and waits
 
     def load() -> None:
-        with ShardReader(sorted(path.glob(_SHARDS))) as reader:
+        with ShardReader([path / name for name in names]) as reader:
             try:
                 fragments.load(reader)
             except UserError as error:

@@ -31,7 +31,13 @@ LOST = 30  # seconds in which the others must end
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     make_inputs(folder)
+    (folder / "shared-memory").write_text(json.dumps(shared_memory()))
     return folder
+
+
+def shared_memory() -> list[str]:
+    """DeepSpeed's buffers that have a name."""
+    return sorted(file.name for file in Path("/dev/shm").glob("deepspeed_*"))
 
 
 def recipe_file(folder: Path, name: str, **overrides: object) -> Path:
@@ -203,7 +209,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path
 
 
 def test_nothing_of_the_runs_is_left(folder: Path) -> None:
-    """No orphans: of all that was started above, no process is alive."""
+    """No orphans: of all that was started above, no process is alive and no shared memory is left."""
     alive = []
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -213,4 +219,5 @@ def test_nothing_of_the_runs_is_left(folder: Path) -> None:
         if str(folder) in text:
             alive.append(text.replace("\0", " "))
     assert alive == []
+    assert shared_memory() == json.loads((folder / "shared-memory").read_text())
     shutil.rmtree(folder / "runs")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -112,8 +111,3 @@ def test_a_port_in_use(port):
         taken.listen()
         (told,) = outcomes([place(0)], 5)
     assert f"port {port} is in use" in told
-
-
-def test_the_limits_are_those_of_the_recipe():
-    text = (Path(__file__).parents[2] / "ssgen_ds" / "rendezvous.py").read_text()
-    assert "recovery.rendezvous is the limit" in text
