@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ssgen_ds import checkpoint, run_folder
 from ssgen_ds.checkpoint import TrainState
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World
-from ssgen_ds.ds_config import build_ds_config, offloads_optimizer, zero_stage
+from ssgen_ds.ds_config import build_ds_config, zero_stage
 from ssgen_ds.errors import UserError
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.modeling import families
-from ssgen_ds.modeling.adapters import apply_adapter, param_groups
+from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.cached import check_cache
 from ssgen_ds.modeling.convert import cache_root
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
+from ssgen_ds.modeling.optimizer import build_optimizer
+from ssgen_ds.modeling.quantization import quantization_problems
 from ssgen_ds.progress import Progress
 from ssgen_ds.recovery import check_resumable, choose_checkpoint, find_checkpoints
 from ssgen_ds.selfgen.block import BlockChooser
@@ -66,7 +66,7 @@ def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
         return None
     dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
     ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
-    world.together(lambda: _refuse(missing_packages(recipe.log)))
+    world.together(lambda: _refuse(missing_packages(recipe.log) + quantization_problems(recipe)))
     inputs = prepare_inputs(recipe, world)
     fingerprints = inputs.datasets.fingerprint, inputs.chat.fingerprint()
     state = TrainState(0, 0, *fingerprints, world.size, zero_stage(ds_config), run_folder.package_versions())
@@ -135,19 +135,16 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     import deepspeed
 
     recipe, ds_config = foundations.recipe, foundations.ds_config
-    model = world.together(lambda: load_model(recipe.model, recipe.adapter, ds_config, device=world.device))
+    model = world.together(
+        lambda: load_model(
+            recipe.model, recipe.adapter, ds_config, device=world.device, quantization=recipe.quantization
+        )
+    )
     if recipe.adapter.kind == "lora":
         model = world.together(
             lambda: apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
         )
-    groups = param_groups(model, recipe.train.weight_decay)
-    adam = {"lr": recipe.train.lr, "betas": recipe.train.betas, "weight_decay": recipe.train.weight_decay}
-    if offloads_optimizer(ds_config):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(groups, **adam)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adam)
+    optimizer = build_optimizer(model, recipe.train, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing
     if recipe.method.name != "sft":

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe_checks import cross_field_problems
 from ssgen_ds.validation import validate
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -49,6 +50,14 @@ class AdapterConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
+    dtype: Literal["auto", "float32"] = "auto"  # that it computes in; auto: the base's
+
+
+class QuantizationConfig(Section):
+    """Of the frozen base under a LoRA adapter."""
+
+    kind: Literal["none", "nf4"] = "none"
+    double: bool = True  # the scales of the blocks are quantised, too: .37 bits a weight less
 
 
 class SourceConfig(Section):
@@ -138,7 +147,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 turns clipping off
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"  # 8-bit: bitsandbytes
     # Updates in a row that may be left out because loss or gradient was not finite; one more ends the run.
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -147,7 +156,8 @@ class TrainConfig(Section):
 class SelfgenConfig(Section):
     refresh_every: Positive = 8  # optimizer steps per round
     noise: Literal["fresh", "common"] = "fresh"
-    strategy: Literal["auto", "sharded", "gathered"] = "auto"  # ZeRO-3: gather each layer at each call, or all at once
+    # ZeRO-3: gather each layer at each call, or all at once. QLoRA: dequantise at each call (sharded), or once.
+    strategy: Literal["auto", "sharded", "gathered"] = "auto"
     # Coins tried in one pass (W); auto measures the model's calls and chooses for every round.
     block: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto", "all")] = "auto"
     # Sequences generated together on one rank; auto: as many as the memory for their keys and values allows.
@@ -182,6 +192,7 @@ class LogConfig(Section):
 class Recipe(Section):
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     data: DataConfig
     method: MethodConfig = MethodConfig()
     train: TrainConfig
@@ -232,33 +243,6 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         raise UserError.from_list(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
     assert recipe is not None
     return recipe
-
-
-def cross_field_problems(recipe: Recipe) -> list[str]:
-    """What no single field shows. One sentence a problem, naming the field and the fix."""
-    problems: list[str] = []
-    train, data, method = recipe.train, recipe.data, recipe.method
-    if (train.epochs is None) == (train.max_steps is None):
-        problems.append("train: give exactly one of train.epochs and train.max_steps")
-    if data.streaming and train.max_steps is None:
-        problems.append("train.max_steps: required with data.streaming, whose length is not known")
-    if data.streaming and data.eval_fraction:
-        problems.append("data.eval_fraction: not possible with data.streaming; name a file in data.eval")
-    if data.eval and data.eval_fraction:
-        problems.append("data.eval_fraction: give either data.eval or data.eval_fraction")
-    if recipe.eval.every and not (data.eval or data.eval_fraction):
-        problems.append("eval.every: nothing to evaluate on; set data.eval or data.eval_fraction")
-    if recipe.model.adapter_path and recipe.adapter.kind == "none":
-        problems.append("model.adapter_path: set adapter.kind=lora to train it")
-    if method.uses_rac and "{reference}" not in method.rac.rewrite_cue:
-        problems.append("method.rac.rewrite_cue: must contain {reference}")
-    if not data.train:
-        problems.append("data.train: names no file")
-    if recipe.output_dir.strip() == "":
-        problems.append("output_dir: is empty")
-    if train.warmup != int(train.warmup) and train.warmup >= 1:
-        problems.append("train.warmup: below 1 a share of all steps, from 1 on a whole number of steps")
-    return problems
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

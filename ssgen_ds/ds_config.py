@@ -51,6 +51,11 @@ def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, An
     config, problems = merge(template, recipe_values(recipe, world_size, dtype))
     problems += [f"{key}: remove it, the recipe decides: {owner}" for key, owner in _OWNED.items() if key in template]
     stage = zero_stage(config)
+    if offloads_optimizer(config) and recipe.train.optimizer != "adamw":
+        problems.append(
+            "zero_optimization.offload_optimizer: runs on the host, where "
+            f"train.optimizer={recipe.train.optimizer} has no kernels; set train.optimizer=adamw"
+        )
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
     if problems:
@@ -67,7 +72,8 @@ def recipe_values(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * world_size,
         "gradient_clipping": recipe.train.clip,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        # A float32 adapter is trained as it is: DeepSpeed would cast it, and keep a second float32 copy.
+        "bf16": {"enabled": dtype == "bfloat16" and recipe.adapter.dtype == "auto"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }

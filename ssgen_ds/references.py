@@ -80,7 +80,8 @@ def _read_recipe(run_dir: Path) -> Recipe:
 
 def load_reference(reference: Reference, device: torch.device | str) -> Any:
     """The model of a reference in eval mode, whole on this device."""
-    model = load_model(reference.model, AdapterConfig(), {}, device=device)
+    quantization = None if reference.recipe is None else reference.recipe.quantization
+    model = load_model(reference.model, AdapterConfig(), {}, device=device, quantization=quantization)
     if reference.adapter is not None:
         model = apply_adapter(model, AdapterConfig(kind="lora"), str(reference.adapter), seed=0)
     if reference.checkpoint is not None:
@@ -126,12 +127,14 @@ def export_run(run: Path, out: Path, merge: bool) -> None:
 
 
 def _merge(reference: Reference, out: Path) -> float:
+    assert reference.recipe is not None
     dtype = resolve_dtype(reference.model, "cuda" if torch.cuda.is_available() else "cpu")
+    quantization = reference.recipe.quantization
     if reference.adapter is not None:
-        return merge_adapter(reference.model, str(reference.adapter), out, dtype)
+        return merge_adapter(reference.model, str(reference.adapter), out, dtype, quantization)
     with tempfile.TemporaryDirectory() as folder:
         _save_checkpoint_model(reference, Path(folder))
-        return merge_adapter(reference.model, folder, out, dtype)
+        return merge_adapter(reference.model, folder, out, dtype, quantization)
 
 
 def _save_checkpoint_model(reference: Reference, out: Path) -> None:

@@ -3,7 +3,10 @@
 A shard is a safetensors file, so any tool reads it. It holds parts of flattened parameters, `KIND:NAME` each, where
 KIND is `weight` (float32) or a state of the optimizer (`exp_avg`). Its metadata says where in NAME a part begins:
 
-    fragments = {NAME: [start, [shape of the whole parameter], optimizer steps it has seen]}
+    fragments = {NAME: [start, [shape of the whole parameter], optimizer steps it has seen, phase]}
+
+Moments of 8 bits are codes (`state1`) and the scale of each block of 256 (`absmax1`). Blocks are counted in the flat
+buffer of the rank that wrote them; `phase` is the place of the part's first value in its block.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from typing import Any
 import torch
 
 WEIGHT = "weight"
+SCALE = "absmax"  # kinds that begin with it hold one value a block
+BLOCK = 256  # of 8-bit moments, as bitsandbytes has it
 _CHUNK = 16 * 2**20  # bytes written and hashed at a time
 _VISIBLE_SECONDS = 10.0  # a network file system may show another node's file this late
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -60,20 +65,39 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a flattened parameter with its optimizer states: 1-D tensors of equal length."""
+    """A piece of a flattened parameter with its optimizer states: 1-D tensors of equal length, scales apart."""
 
     name: str
     start: int
     shape: tuple[int, ...]  # of the whole parameter
     step: float  # optimizer steps that it has seen
     tensors: dict[str, torch.Tensor]  # by kind
+    phase: int = 0  # of its first value in its block, where it has scales
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one shard holds of a parameter."""
+
+    start: int
+    end: int
+    step: float
+    phase: int
+    file: Any
+
+    def read(self, kind: str, name: str, low: int, high: int) -> torch.Tensor:
+        stored = self.file.get_slice(f"{kind}:{name}")
+        if not kind.startswith(SCALE):
+            return stored[low:high]
+        blocks = (self.phase + torch.arange(low, high)) // BLOCK
+        return stored[:][blocks]
 
 
 def write_shard(file: Path, parts: list[Part]) -> FileEntry:
     """Write and fsync one shard; tensors leave the device one by one. Raises OSError."""
     tensors = {f"{kind}:{part.name}": tensor for part in parts for kind, tensor in part.tensors.items()}
     header: dict[str, Any] = {
-        "__metadata__": {"fragments": json.dumps({p.name: [p.start, list(p.shape), p.step] for p in parts})}
+        "__metadata__": {"fragments": json.dumps({p.name: [p.start, list(p.shape), p.step, p.phase] for p in parts})}
     }
     end = 0
     for key, tensor in tensors.items():
@@ -110,7 +134,7 @@ class ShardReader:
 
     def __init__(self, files: list[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[int, int, float, Any]]] = defaultdict(list)  # start, end, step, file
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
         self._kinds: dict[str, list[str]] = {}
         self._open = ExitStack()
         for file in files:
@@ -132,10 +156,10 @@ class ShardReader:
             kind, _, name = key.partition(":")
             kinds[name].append(kind)
         self._kinds |= kinds
-        for name, (start, shape, step) in fragments.items():
+        for name, (start, shape, step, phase) in fragments.items():
             numel = opened.get_slice(f"{WEIGHT}:{name}").get_shape()[0]
             self.shapes[name] = tuple(shape)
-            self._pieces[name].append((start, start + numel, step, opened))
+            self._pieces[name].append(_Piece(start, start + numel, step, phase, opened))
 
     def kinds(self, name: str) -> list[str]:
         """`weight` and the optimizer's states that were saved of this parameter."""
@@ -143,16 +167,18 @@ class ShardReader:
 
     def step(self, name: str) -> float:
         """Optimizer steps that the parameter has seen."""
-        return max(step for _, _, step, _ in self._pieces[name])
+        return max(piece.step for piece in self._pieces[name])
 
     def read(self, kind: str, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill 1-D `out` with the flattened parameter (or its state) from `start` on. Raises OSError for a gap."""
+        """Fill 1-D `out` with the flattened parameter (or its state) from `start` on; scales are given to each value.
+
+        Raises OSError for a gap.
+        """
         end, missing = start + out.numel(), out.numel()
-        for begin, stop, _, opened in self._pieces.get(name, []):
-            low, high = max(begin, start), min(stop, end)
+        for piece in self._pieces.get(name, []):
+            low, high = max(piece.start, start), min(piece.end, end)
             if low < high:
-                piece = opened.get_slice(f"{kind}:{name}")[low - begin : high - begin]
-                out[low - start : high - start].copy_(piece)
+                out[low - start : high - start].copy_(piece.read(kind, name, low - piece.start, high - piece.start))
                 missing -= high - low
         if missing:
             raise OSError(f"the shards lack {missing} of {out.numel()} values of {name} ({kind})")

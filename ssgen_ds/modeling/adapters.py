@@ -21,8 +21,8 @@ def apply_adapter(
     """Wrap `model` with a trainable LoRA adapter: a new one, or the one saved at `adapter_path`.
 
     New weights come from `seed` alone, so they are the same on every rank; the caller's random state is left as it
-    was. The adapter has the base's dtype: float32 adapters on a bfloat16 base crash ZeRO-3 in the first step.
-    Works on a model that ZeRO-3 has already partitioned.
+    was. The adapter has the base's dtype, or is float32 where the recipe says so. Works on a model that ZeRO-3 has
+    already partitioned.
 
     Raises:
         UserError: no such target modules (the message lists those there are), or no adapter at `adapter_path`.
@@ -32,7 +32,8 @@ def apply_adapter(
 
     if adapter_path is not None:
         read_adapter_config(adapter_path)
-        return PeftModel.from_pretrained(model, adapter_path, is_trainable=True, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=True, autocast_adapter_dtype=False)
+        return _in_dtype(adapted, adapter_config)
     _check_targets(model, adapter_config.target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -43,7 +44,18 @@ def apply_adapter(
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # peft draws on the CPU; torch.manual_seed would touch CUDA too
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        return _in_dtype(get_peft_model(model, lora, autocast_adapter_dtype=False), adapter_config)
+
+
+def _in_dtype(adapted: PeftModel, adapter_config: AdapterConfig) -> PeftModel:
+    """The adapter in the base's dtype, whatever it was saved in, or in float32."""
+    import torch
+
+    dtype = torch.float32 if adapter_config.dtype == "float32" else adapted.dtype
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 def read_adapter_config(path: str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from ssgen_ds.modeling.gather import full_state_dict
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssgen_ds.config import ModelConfig
+    from ssgen_ds.config import ModelConfig, QuantizationConfig
 
 
 def save_model(
@@ -67,8 +68,17 @@ def _settings_for_saving(model: PreTrainedModel) -> Iterator[None]:
         model.config.use_cache, model.generation_config = use_cache, generation
 
 
-def merge_adapter(base: ModelConfig, adapter_dir: str, out_dir: str | Path, dtype: torch.dtype) -> float:
+def merge_adapter(
+    base: ModelConfig,
+    adapter_dir: str,
+    out_dir: str | Path,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None = None,
+) -> float:
     """Fold the adapter into its base and write a plain model. One process, on the CPU.
+
+    An adapter that was trained on a quantised base is folded into that base dequantised, not into the original: it has
+    learnt to make up for the quantisation, and merged elsewhere its answers get worse.
 
     Returns:
         The largest absolute difference between the logits of the merged model and of base + adapter on a short input;
@@ -85,7 +95,8 @@ def merge_adapter(base: ModelConfig, adapter_dir: str, out_dir: str | Path, dtyp
     from ssgen_ds.modeling.load import load_model, load_tokenizer
 
     read_adapter_config(adapter_dir)
-    model = load_model(base, AdapterConfig(), {}, device="cpu").to(dtype)
+    base = base.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    model = load_model(base, AdapterConfig(), {}, device="cpu", quantization=quantization)
     tokenizer = load_tokenizer(base)
     try:
         adapted = PeftModel.from_pretrained(model, adapter_dir, autocast_adapter_dtype=False).eval()
@@ -95,9 +106,21 @@ def merge_adapter(base: ModelConfig, adapter_dir: str, out_dir: str | Path, dtyp
     ids_BT = (torch.arange(16) * 7919 % size)[None]
     with torch.no_grad():
         before = adapted(ids_BT).logits
+        if quantization is not None and quantization.kind != "none":
+            adapted = _on_dequantized(adapted, adapter_dir)
         merged = adapted.merge_and_unload(safe_merge=True)
         after = merged(ids_BT).logits
     with _settings_for_saving(merged):
         merged.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     return (before.float() - after.float()).abs().max().item()
+
+
+def _on_dequantized(adapted: PeftModel, adapter_dir: str) -> PeftModel:
+    """The same adapter on the same base, whose weights are then what the quantised layers multiplied with."""
+    from peft import PeftModel
+
+    from ssgen_ds.modeling.nf4 import dequantize_model
+
+    base = dequantize_model(adapted.unload())
+    return PeftModel.from_pretrained(base, adapter_dir, autocast_adapter_dtype=False).eval()

@@ -16,7 +16,8 @@ import torch
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.gather import full_shape
-from ssgen_ds.shard_file import WEIGHT, Part, ShardReader
+from ssgen_ds.modeling.moments import is_8bit, load_8bit, load_float, saved_states
+from ssgen_ds.shard_file import BLOCK, WEIGHT, Part, ShardReader
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ class Fragments:
     @property
     def state(self) -> dict[torch.Tensor, dict[str, Any]]:
         """The optimizer's own, by owner."""
-        return getattr(self.optimizer, "optimizer", self.optimizer).state
+        return self._inner.state
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """What DeepSpeed wraps; without ZeRO it may be no more than that."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @property
     def nbytes(self) -> int:
@@ -73,11 +79,10 @@ class Fragments:
 
     def _part(self, fragment: Fragment) -> Part:
         state = self.state.get(fragment.owner, {})
-        like_owner = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == fragment.owner.shape}
-        if rest := state.keys() - like_owner.keys() - {"step"}:
-            raise UserError(f"train.optimizer: its state {min(rest)} cannot be saved in parts")
-        tensors = {WEIGHT: fragment.of(fragment.owner)} | {key: fragment.of(v) for key, v in like_owner.items()}
-        return Part(fragment.name, fragment.start, fragment.shape, float(state.get("step", 0)), tensors)
+        moments = saved_states(state, fragment.owner, fragment.offset, fragment.numel)
+        tensors = {WEIGHT: fragment.of(fragment.owner)} | moments
+        steps, phase = float(state.get("step", 0)), fragment.offset % BLOCK
+        return Part(fragment.name, fragment.start, fragment.shape, steps, tensors, phase)
 
     def load(self, reader: ShardReader) -> None:
         """Fill this rank's fragments; `publish` then brings them into the model. No collectives. Raises UserError."""
@@ -88,21 +93,24 @@ class Fragments:
         for name in self.names:
             if reader.shapes[name] != self.shapes[name]:
                 raise UserError(f"{name} has the shape {reader.shapes[name]} there, {self.shapes[name]} here")
+        by_owner: dict[torch.Tensor, list[Fragment]] = {}
         for fragment in self.mine:
             reader.read(WEIGHT, fragment.name, fragment.start, fragment.of(fragment.owner))
-            for kind in reader.kinds(fragment.name):
-                if kind != WEIGHT:
-                    target = self._state_of(fragment.owner, reader.step(fragment.name)).setdefault(
-                        kind, torch.zeros_like(fragment.owner, memory_format=torch.preserve_format)
-                    )
-                    reader.read(kind, fragment.name, fragment.start, fragment.of(target))
+            if reader.step(fragment.name) > 0:
+                by_owner.setdefault(fragment.owner, []).append(fragment)
+        for owner, fragments in by_owner.items():
+            if is_8bit(self._inner):
+                self.state[owner] = load_8bit(self._inner, owner, fragments, reader)
+                continue
+            for fragment in fragments:
+                load_float(self._state_of(owner, reader.step(fragment.name)), owner, fragment, reader)
 
     def _state_of(self, owner: torch.Tensor, step: float) -> dict[str, Any]:
         """The owner's state, made as its optimizer makes it in its first step."""
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         state = self.state.setdefault(owner, {})
-        counts = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), DeepSpeedCPUAdam)
+        counts = isinstance(self._inner, DeepSpeedCPUAdam)
         state["step"] = max(int(step), state.get("step", 0)) if counts else torch.tensor(step, dtype=torch.float32)
         return state
 

@@ -14,9 +14,9 @@ from ssgen_ds.modeling.gguf import convert_gguf
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssgen_ds.config import AdapterConfig, ModelConfig
+    from ssgen_ds.config import AdapterConfig, ModelConfig, QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,12 @@ def resolve_dtype(model_config: ModelConfig, device: torch.device | str) -> torc
 
 
 def load_model(
-    model_config: ModelConfig, adapter_config: AdapterConfig, ds_config: dict[str, Any], *, device: torch.device | str
+    model_config: ModelConfig,
+    adapter_config: AdapterConfig,
+    ds_config: dict[str, Any],
+    *,
+    device: torch.device | str,
+    quantization: QuantizationConfig | None = None,
 ) -> PreTrainedModel:
     """The base model (`apply_adapter` adds the adapter), in eval mode, ready for `deepspeed.initialize`.
 
@@ -128,6 +133,7 @@ def load_model(
         ds_config: the DeepSpeed configuration; at ZeRO stage 3 parameters are partitioned as they are read, and every
             rank must call this. An empty one loads a plain model.
         device: where a model that is not partitioned goes.
+        quantization: of the Linear layers but the output head; None for none.
 
     Attention `auto` leaves the choice to transformers: SDPA where the model allows it, eager where not (Gemma 2).
     `use_cache` is off in the model's configuration; generation passes its own cache.
@@ -141,11 +147,17 @@ def load_model(
         "trust_remote_code": model_config.trust_remote_code,
         "attn_implementation": None if model_config.attention == "auto" else model_config.attention,
     }
+    settings = None
+    if quantization is not None and quantization.kind == "nf4":
+        from ssgen_ds.modeling.nf4 import nf4_settings
+
+        settings = nf4_settings(quantization.double, kwargs["dtype"])
     zero3 = bool(ds_config) and ds_config["zero_optimization"]["stage"] == 3
     with _loading_errors(model_config.path):
-        model = (
-            _load_zero3(model_config, source, ds_config, kwargs) if zero3 else _load_whole(source, kwargs).to(device)
-        )
+        if zero3:
+            model = _load_zero3(model_config, source, ds_config, kwargs, settings)
+        else:
+            model = _load_whole(source, kwargs, settings, device).to(device)
     model.config.use_cache = False
     if model_config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -155,21 +167,43 @@ def load_model(
     return model
 
 
-def _load_whole(source: ModelSource, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_whole(
+    source: ModelSource,
+    kwargs: dict[str, Any],
+    settings: BitsAndBytesConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, **kwargs)
+    if settings is None:
+        return AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, **kwargs)
+    from ssgen_ds.modeling.nf4 import adopt
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path, revision=source.revision, quantization_config=settings, device_map={"": device}, **kwargs
+    )
+    adopt(model)
+    return model
 
 
 def _load_zero3(
-    model_config: ModelConfig, source: ModelSource, ds_config: dict[str, Any], kwargs: dict[str, Any]
+    model_config: ModelConfig,
+    source: ModelSource,
+    ds_config: dict[str, Any],
+    kwargs: dict[str, Any],
+    settings: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
     from transformers import GenerationConfig
 
     from ssgen_ds.modeling.zero3 import load_partitioned, transformers_partitions
 
-    model = load_partitioned(load_config(model_config), source.path, source.revision, ds_config, **kwargs)
+    model = load_partitioned(load_config(model_config), source.path, source.revision, ds_config, settings, **kwargs)
     if model is None:
+        if settings is not None:
+            raise UserError(
+                f"quantization.kind: {model_config.path} cannot be quantised shard by shard (its tensors do not match "
+                "the model's); use ZeRO stage 2, where every rank holds the quantised base"
+            )
         logger.info("%s: its tensors do not match the model's; loading through transformers", model_config.path)
         with transformers_partitions(ds_config):
             return _load_whole(source, kwargs)

@@ -22,16 +22,22 @@ from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.convert import convert_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 Index = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name -> its file and shape
 Files = dict[str, str]  # a tensor's name -> its file
+Places = list[tuple[torch.nn.Module, str, str]]  # module, attribute and full name of each use of a parameter
 
 _SCRATCH_ELEMENTS = 1 << 24
 
 
 def load_partitioned(
-    config: PreTrainedConfig, path: str, revision: str | None, ds_config: dict[str, Any], **kwargs: Any
+    config: PreTrainedConfig,
+    path: str,
+    revision: str | None,
+    ds_config: dict[str, Any],
+    settings: BitsAndBytesConfig | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel | None:
     """A model whose parameters are ZeRO-3 partitions filled from a checkpoint, in eval mode. All ranks call it.
 
@@ -39,6 +45,8 @@ def load_partitioned(
         config: the model's configuration, the same on every rank.
         path: a Hugging Face folder or hub id; only rank 0 fetches and reads its weights.
         ds_config: the DeepSpeed configuration, stage 3.
+        settings: of a base to quantise; rank 0 quantises one weight at a time, so that each rank holds its share of
+            the codes and all of their scales (about 1/30 of the codes).
         kwargs: for `AutoModelForCausalLM.from_config` (dtype, attn_implementation, trust_remote_code).
 
     Returns:
@@ -49,6 +57,10 @@ def load_partitioned(
         OSError: rank 0 could not get at the checkpoint; raised on every rank.
     """
     model = _build_without_weights(config, **kwargs)
+    if settings is not None:
+        from ssgen_ds.modeling.nf4 import replace_linears
+
+        replace_linears(model, settings)
 
     def find() -> Files | None:
         found = _match(model, _read_index(path, revision))
@@ -157,7 +169,7 @@ class _Stream(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel, files: Files):
         super().__init__()
-        self._places: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
+        self._places: dict[int, Places] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 path = f"{prefix}.{key}" if prefix else key
@@ -173,16 +185,27 @@ class _Stream(torch.nn.Module):
             module, key, _ = places[0]
             meta = module._parameters[key]
             assert meta is not None
-            real = torch.nn.Parameter(self._value(places, meta), requires_grad=meta.requires_grad)
+            real = self._quantized(places, meta) if hasattr(meta, "quant_state") else self._real(places, meta)
             for owner, attribute, _ in places:
                 owner._parameters[attribute] = real
             yield real
 
-    def _value(self, places: list[tuple[torch.nn.Module, str, str]], meta: torch.Tensor) -> torch.Tensor:
-        if dist.get_rank() != 0:
-            return self._receiver(meta)  # DeepSpeed broadcasts rank 0's values into it
+    def _real(self, places: Places, meta: torch.Tensor) -> torch.nn.Parameter:
+        # On the other ranks DeepSpeed broadcasts rank 0's values into what they receive in.
+        value = self._values(places, meta.dtype) if dist.get_rank() == 0 else self._receiver(meta)
+        return torch.nn.Parameter(value, requires_grad=meta.requires_grad)
+
+    def _quantized(self, places: Places, meta: Any) -> torch.nn.Parameter:
+        from deepspeed.accelerator import get_accelerator
+
+        from ssgen_ds.modeling.nf4 import quantize_and_share
+
+        values = self._values(places, meta.quant_storage) if dist.get_rank() == 0 else None
+        return quantize_and_share(values, meta, places[0][0], get_accelerator().current_device_name())
+
+    def _values(self, places: Places, dtype: torch.dtype) -> torch.Tensor:
         name = next(path for _, _, path in places if path in self._files)
-        return _read(self._files[name], name).to(meta.dtype)
+        return _read(self._files[name], name).to(dtype)
 
     def _receiver(self, meta: torch.Tensor) -> torch.Tensor:
         if self._scratch is None or self._scratch.dtype != meta.dtype:

@@ -28,7 +28,7 @@ from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
 
 Progress = Callable[[int, int], None]
 _VERIFIED = 8  # requests drawn once more in lower precision: all their logits are in memory at once
-SHARDED, GATHERED, LOCAL = "sharded", "gathered", "local"
+SHARDED, GATHERED, LOCAL, DEQUANTIZED = "sharded", "gathered", "local", "dequantized"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class EngineSampler:
     Args:
         module: the causal LM, `engine.module` while training.
         world: the ranks.
-        strategy: `local` (every rank has whole parameters), or under ZeRO-3 `sharded` or `gathered`.
+        strategy: `local` (every rank has whole parameters), of a quantised base also `dequantized` (once a round),
+            or under ZeRO-3 `sharded` or `gathered`.
         shards: the partitioned parameters; needed unless the strategy is `local`.
         limit: of the sequences in work at a time.
     """
@@ -93,6 +94,11 @@ class EngineSampler:
         """Yields what must run before each forward."""
         if self.strategy == LOCAL:
             yield lambda: None
+        elif self.strategy == DEQUANTIZED:
+            from ssgen_ds.modeling.nf4 import dequantized
+
+            with dequantized(self.module):
+                yield lambda: None
         elif self.strategy == GATHERED:
             with self.shards.gathered():
                 yield lambda: None

@@ -1,6 +1,7 @@
 """Where parameters are while the model generates, and how many sequences fit: decided from measured free memory.
 
 local      ZeRO 0-2: every rank has whole parameters.
+dequantized  the same, of a quantised base: its weights are dequantised once for a whole round, not at every call.
 sharded    ZeRO-3: a layer is gathered, used and let go at every call. Slow calls, little memory.
 gathered   ZeRO-3: all parameters are gathered once for a whole round. Fast calls, the whole model on every rank.
 """
@@ -19,7 +20,7 @@ from ssgen_ds.config import Recipe, SelfgenConfig
 from ssgen_ds.distributed import World
 from ssgen_ds.modeling.gather import full_shape, is_partitioned
 from ssgen_ds.modeling.shards import Shards
-from ssgen_ds.selfgen.engine_sampler import GATHERED, LOCAL, SHARDED, BatchLimit, EngineSampler
+from ssgen_ds.selfgen.engine_sampler import DEQUANTIZED, GATHERED, LOCAL, SHARDED, BatchLimit, EngineSampler
 
 GIB = 2.0**30
 USABLE = 0.8  # share of the free memory that gathered parameters may take: the rest is for activations
@@ -35,20 +36,37 @@ def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str]
         Shards(module, engine.optimizer.parameter_offload) if any(map(is_partitioned, module.parameters())) else None
     )
     free = free_bytes(world) - _optimizer_bytes_to_come(engine, world)
-    strategy, reason = choose_strategy(recipe.selfgen.strategy, shards, free, world)
-    if strategy == GATHERED:
-        free -= shards.total_bytes
+    whole = quantized_base_bytes(module) if recipe.quantization.kind != "none" and shards is None else 0
+    strategy, reason = choose_strategy(recipe.selfgen.strategy, shards, free, world, whole)
+    free -= {GATHERED: shards.total_bytes if shards else 0, DEQUANTIZED: whole}.get(strategy, 0)
     limit = batch_limit(recipe.selfgen, module, strategy, free, world)
     if world.is_main and recipe.method.name != "sft":
         say(f"self-generation: {strategy}: {reason}; up to {limit.rows} sequences at once on a rank")
     return EngineSampler(module, world, limit, strategy, shards)
 
 
-def choose_strategy(setting: str, shards: Shards | None, free: float, world: World) -> tuple[str, str]:
-    """(strategy, its reason). `free` bytes are those of this rank; the rank with the least decides for all."""
-    if shards is None:
+def quantized_base_bytes(module: torch.nn.Module) -> int:
+    """What the weights of a quantised base take when they are dequantised."""
+    from ssgen_ds.modeling.nf4 import dequantized_bytes
+
+    return dequantized_bytes(module)
+
+
+def choose_strategy(
+    setting: str, shards: Shards | None, free: float, world: World, dequantized: int = 0
+) -> tuple[str, str]:
+    """(strategy, its reason). `free` bytes are those of this rank; the rank with the least decides for all.
+
+    `dequantized`: bytes of a quantised base's weights outside ZeRO-3; there `gathered` means to hold them dequantised.
+    """
+    if shards is None and not dequantized:
         return LOCAL, "parameters are whole on every rank"
     least = -world.max(-free)
+    if shards is None:
+        need = f"dequantised weights take {dequantized / GIB:.2f} GiB, {max(least, 0) / GIB:.2f} GiB are free"
+        if setting == "auto":
+            return (DEQUANTIZED if dequantized <= USABLE * least else LOCAL), need
+        return (DEQUANTIZED if setting == "gathered" else LOCAL), f"as the recipe says ({need})"
     more = shards.total_bytes + shards.largest_unit_bytes  # the shard stays, beside its copy in the whole
     need = f"whole parameters take {more / GIB:.2f} GiB more, {max(least, 0) / GIB:.2f} GiB are free"
     if setting != "auto":

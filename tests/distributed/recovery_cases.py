@@ -249,6 +249,7 @@ RESHARDED = {
     "none-3": {"deepspeed": "ds_configs/zero3.json"},
     "lora-3": {"deepspeed": "ds_configs/zero3.json", "adapter__kind": "lora"},
     "cross": {"deepspeed": "ds_configs/zero3.json"},  # goes on at another ZeRO stage
+    "8bit": {"deepspeed": "ds_configs/zero2.json", "train__optimizer": "adamw_8bit"},  # moments are coded anew
 }
 
 

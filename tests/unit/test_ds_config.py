@@ -94,3 +94,14 @@ def test_templates_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_merge_keeps_what_the_recipe_does_not_know():
     assert merge({"a": "auto", "z": 1}, {"a": 2, "b": {"c": 3}}) == ({"a": 2, "z": 1, "b": {"c": 3}}, [])
+
+
+def test_8bit_moments_cannot_be_offloaded():
+    with pytest.raises(UserError, match=r"train.optimizer=adamw_8bit has no kernels; set train.optimizer=adamw"):
+        build_ds_config(recipe("ds_configs/zero3_offload.json", optimizer="adamw_8bit"), 1, "bfloat16")
+
+
+def test_a_float32_adapter_is_trained_without_deepspeeds_own_copy():
+    raw = recipe("ds_configs/zero3.json").model_dump()
+    raw["adapter"] = {"kind": "lora", "dtype": "float32"}
+    assert build_ds_config(parse_recipe(raw), 1, "bfloat16")["bf16"] == {"enabled": False}

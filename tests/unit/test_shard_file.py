@@ -92,3 +92,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     file.unlink()
     assert entry.problem(file).endswith("missing")
     assert "directory" in FileEntry(tmp_path.stat().st_size, "").problem(tmp_path).lower()
+
+
+def test_scales_of_blocks_are_given_to_each_value(tmp_path):
+    """A part that begins at the 250th value of its block of 256: six values of one scale, then the next."""
+    codes = torch.arange(20, dtype=torch.uint8)
+    tensors = {"weight": torch.zeros(20), "state1": codes, "absmax1": torch.tensor([2.0, 5.0])}
+    write_shard(tmp_path / "a", [Part("p", 100, (400,), 3.0, tensors, phase=250)])
+    with ShardReader([tmp_path / "a"]) as reader:
+        scales, read = torch.empty(10), torch.empty(10, dtype=torch.uint8)
+        reader.read("absmax1", "p", 103, scales)
+        reader.read("state1", "p", 103, read)
+    assert scales.tolist() == [2.0] * 3 + [5.0] * 7
+    assert torch.equal(read, codes[3:13])

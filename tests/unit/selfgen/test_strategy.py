@@ -94,3 +94,18 @@ def test_control_group(tmp_path):
     (job / "memory.max").write_text("600\n")
     assert _control_group_headroom(root, own) == 400
     assert _control_group_headroom(root, tmp_path / "missing") == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("setting", "mine", "other", "expected"),
+    [
+        ("auto", 1260.0, 1260.0, "dequantized"),
+        ("auto", 9e9, 1240.0, "local"),  # the rank with the least decides
+        ("gathered", 0.0, 0.0, "dequantized"),
+        ("sharded", 9e9, 9e9, "local"),
+    ],
+)
+def test_a_quantised_base_is_dequantised_where_it_fits(setting, mine, other, expected):
+    chosen, reason = choose_strategy(setting, None, mine, world_of(other), dequantized=1000)
+    assert chosen == expected
+    assert "GiB are free" in reason

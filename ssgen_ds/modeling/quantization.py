@@ -1,0 +1,44 @@
+"""Whether what the recipe asks of bitsandbytes is there, found before any weight is read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ssgen_ds.config import Recipe
+
+_INSTALL = "pip install 'ssgen-ds[qlora]'"
+
+
+def quantization_problems(recipe: Recipe) -> list[str]:
+    """One sentence a problem, naming the field and the fix. Its CPU kernels count: slow, but they train."""
+    asked = [
+        f"{key}={value}"
+        for key, value, plain in (
+            ("quantization.kind", recipe.quantization.kind, "none"),
+            ("train.optimizer", recipe.train.optimizer, "adamw"),
+        )
+        if value != plain
+    ]
+    if not asked:
+        return []
+    what = " and ".join(asked)
+    if find_spec("bitsandbytes") is None:
+        return [f"{what}: the package bitsandbytes is missing; {_INSTALL}"]
+    problem = _native_library_problem()
+    return [f"{what}: {problem}"] if problem else []
+
+
+def _native_library_problem() -> str:
+    """What is wrong with bitsandbytes' compiled part on this machine; "" when nothing is."""
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"bitsandbytes cannot be imported ({error}); {_INSTALL} anew"
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        return (
+            "the compiled library of bitsandbytes did not load (`python -m bitsandbytes` says why); install a version "
+            f"for this machine's CUDA {torch.version.cuda or '(none: the CPU build)'}"
+        )
+    return ""
