@@ -16,6 +16,8 @@ from ssgen_ds.distributed import World
 from ssgen_ds.ds_config import build_ds_config, zero_stage
 from ssgen_ds.errors import UserError
 from ssgen_ds.logbook import Logbook, missing_packages
+from ssgen_ds.loss import check_loss
+from ssgen_ds.micro_batch import choose_packing
 from ssgen_ds.modeling import families
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.cached import check_cache
@@ -116,6 +118,14 @@ def generation_stops(config: Any) -> list[int]:
 def context_problems(recipe: Recipe, chat: ChatFormat, config: Any) -> list[str]:
     """Whether the longest sequence that the recipe allows fits the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)  # a family trait: some have no limit
+    longest, what = longest_sequence(recipe, chat)
+    if limit is None or longest <= limit:
+        return []
+    return [f"{what} = {longest} tokens, but the model has {limit} positions; lower data.max_prompt_tokens"]
+
+
+def longest_sequence(recipe: Recipe, chat: ChatFormat) -> tuple[int, str]:
+    """The most tokens that a sequence may have by the recipe, and the sum that this is."""
     longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     what = "data.max_prompt_tokens + data.max_response_tokens"
     if recipe.method.uses_rac:
@@ -125,9 +135,7 @@ def context_problems(recipe: Recipe, chat: ChatFormat, config: Any) -> list[str]
         if rac.target == "rewrite":  # its prompt also shows the reference
             longest += recipe.data.max_response_tokens + len(chat.correction_ids(rac.rewrite_cue))
             what += " + data.max_response_tokens + the rewrite cue"
-    if limit is None or longest <= limit:
-        return []
-    return [f"{what} = {longest} tokens, but the model has {limit} positions; lower data.max_prompt_tokens"]
+    return longest, what
 
 
 def build_engine(foundations: Foundations, world: World) -> Any:
@@ -147,8 +155,9 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     optimizer = build_optimizer(model, recipe.train, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing
-    if recipe.method.name != "sft":
-        with inference_mode(engine.module):
+    with inference_mode(engine.module):
+        world.together(lambda: check_loss(engine.module, recipe.data.packing))
+        if recipe.method.name != "sft":
             world.together(lambda: check_cache(engine.module))
     return engine
 
@@ -181,8 +190,16 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
         total_steps=foundations.total_steps,
         logbook=logbook,
         progress=progress,
+        packing=choose_packing(engine, recipe, _longest(recipe, inputs), world, progress.message),
         resumed_round=None if path is None or recipe.method.name == "sft" else path / "round.parquet",
     )
+
+
+def _longest(recipe: Recipe, inputs: Inputs) -> int:
+    """Tokens of the longest sequence that training may see: by the data where that is known, else by the recipe."""
+    longest, _ = longest_sequence(recipe, inputs.chat)
+    unused = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens - inputs.datasets.longest
+    return longest - max(0, unused)
 
 
 def _open_logbook(foundations: Foundations, step: int, stage: int, world: World) -> Logbook:

@@ -85,6 +85,7 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     loss_on: Literal["last", "all"] = "last"
     streaming: bool = False
+    packing: bool = False  # a forward pass reads its sequences as one row without padding, isolated from each other
 
     @model_validator(mode="before")
     @classmethod
@@ -140,7 +141,9 @@ class TrainConfig(Section):
     epochs: Positive | None = None
     max_steps: Positive | None = None
     global_batch: Positive = 32  # examples per optimizer step, over all ranks
-    micro_batch: Positive = 4  # sequences per forward pass on one rank
+    # Sequences per forward pass on one rank; auto: as many as fit, found by measuring before the first step.
+    micro_batch: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto")] = 4
+    micro_batch_tokens: Positive | None = None  # per forward pass on one rank; a longer sequence goes alone
     lr: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0)] = 0.03  # below 1: share of all steps; else steps
@@ -212,7 +215,7 @@ REQUIRED: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": ["-"]}, "t
 # Keys that may differ on resume: they change where or how often something is written or how the arithmetic is cut up,
 # not what is trained.
 FREE_ON_RESUME = (
-    "output_dir", "resume", "log.", "checkpoint.", "recovery.", "eval.", "train.micro_batch",
+    "output_dir", "resume", "log.", "checkpoint.", "recovery.", "eval.", "train.micro_batch", "data.packing",
     "train.max_skipped_steps", "deepspeed",
     "model.gradient_checkpointing", "selfgen.batch", "selfgen.strategy", "selfgen.block",
 )  # fmt: skip

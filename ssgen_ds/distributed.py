@@ -14,7 +14,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ssgen_ds.config import RecoveryConfig
 from ssgen_ds.errors import EXIT_FAILURE, NonFiniteError, RankLost, StopRequested, UserError
+from ssgen_ds.memory import PeakMemory
 from ssgen_ds.phases import Phases, phases_from_environment
 from ssgen_ds.rendezvous import Place, connect, join
 from ssgen_ds.signals import StopFlag
@@ -45,14 +46,17 @@ class World:
     phases: Phases = field(default_factory=Phases)
     stop: StopFlag = field(default_factory=StopFlag)
     watchdog: Watchdog | None = None
+    memory: PeakMemory = field(default_factory=PeakMemory)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def phase(self, name: str, step: int | None = None) -> AbstractContextManager[None]:
-        """Be in this phase of the (1-based) step inside; see `phases.py`."""
-        return self.phases.enter(name, step)
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Be in this phase of the (1-based) step inside, and measure its memory; see `phases.py` and `memory.py`."""
+        with self.phases.enter(name, step), self.memory.of(name):
+            yield
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)

@@ -65,7 +65,7 @@ def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, An
 
 def recipe_values(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]:
     """What the recipe says in DeepSpeed's words. Windows may be cut differently; see `step.py`."""
-    micro = recipe.train.micro_batch
+    micro = 1 if recipe.train.micro_batch == "auto" else int(recipe.train.micro_batch)  # windows are cut by `window.py`
     accumulation = math.ceil(recipe.train.global_batch / (micro * world_size))
     return {
         "train_micro_batch_size_per_gpu": micro,

@@ -1,34 +1,125 @@
-"""Summed token loss. Tokens are the unit: sum here, divide once by the global weight in `step.py`."""
+"""Summed token loss. Tokens are the unit: sum here, divide once by the global weight in `step.py`.
+
+Logits are made for labelled tokens only, and for a chunk of them at a time: [tokens, vocabulary] never exists. Their
+gradient is made in the same go, as Liger Kernel does it (Hsu et al., arXiv 2410.10989, 3.2): nothing of them is kept
+for the backward, and nothing is computed twice.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ssgen_ds.modeling.project import project_only
+from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.packed import packed_attention
+from ssgen_ds.modeling.project import Head, instead_of_logits
+from ssgen_ds.window import MicroBatch, Sequence, collate
+
+CHUNK_LOGITS = 2**26  # that exist at a time: 256 MiB in float32
 
 
-def token_nll(
-    model: torch.nn.Module, input_ids_BL: torch.Tensor, labels_BL: torch.Tensor, lengths_B: torch.Tensor
-) -> torch.Tensor:
-    """Negative log-likelihood [N] in float32 of the N labelled tokens, row by row, left to right.
+def token_loss(model: torch.nn.Module, batch: MicroBatch, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
+    """Weighted sum of the negative log-likelihoods of the batch's labels: a scalar in nats, float32.
 
     Args:
         model: a causal LM (or the DeepSpeed engine around it).
-        input_ids_BL: what the model reads, right-padded.
-        labels_BL: what position t must be predicted to be (not shifted yet), -100 where there is no label. Labels may
-            differ from the inputs: BSS reads mixed tokens and predicts gold ones. Column 0 never has a label.
-        lengths_B: real tokens of each row.
+        batch: its labels may differ from what the model reads: BSS reads mixed tokens and predicts gold ones.
+        chunk_logits: logits to hold at a time.
     """
-    columns_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-    attention_BL = columns_L < lengths_B[:, None]
-    labelled_BL = labels_BL != -100
-    predicting_BL = F.pad(labelled_BL[:, 1:], (0, 1))  # token t is predicted at position t - 1
-    with project_only(getattr(model, "module", model), predicting_BL):
-        output = model(
-            input_ids=input_ids_BL,
-            attention_mask=attention_BL.long(),
-            position_ids=columns_L.expand_as(input_ids_BL).masked_fill(~attention_BL, 0),
-            use_cache=False,
+    module = getattr(model, "module", model)
+    step = max(1, chunk_logits // module.config.get_text_config().vocab_size)
+
+    def compute(hidden_SH: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        rows_NH = hidden_SH.index_select(0, batch.predicting_N)
+        return _ChunkedLoss.apply(rows_NH, batch.labels_N, batch.weights_N, head, step, *parameters)
+
+    with instead_of_logits(module, compute) as losses, packed_attention(module, batch.layout) as inputs:
+        # Padding is on the right, so that a causal mask is enough, and kernels that take no other can be used.
+        model(input_ids=batch.input_ids_BL, use_cache=False, **inputs)
+    return losses[0]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """sum(w * nll) over chunks of `step` rows, with its gradient for the rows and the head's parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_NH: torch.Tensor,
+        labels_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        head: Head,
+        step: int,
+        *parameters: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        total = torch.zeros((), device=rows_NH.device)
+        rows_gradients: list[torch.Tensor] = []
+        gradients: dict[int, torch.Tensor] = {}  # of the parameters, summed over chunks
+        for begin in range(0, len(labels_N), step):
+            chunk = slice(begin, begin + step)
+            rows = rows_NH[chunk].detach().requires_grad_(needed[0])
+            inputs = [tensor for tensor, is_needed in zip((rows, *parameters), needed, strict=True) if is_needed]
+            with torch.set_grad_enabled(bool(inputs)):
+                nll = F.cross_entropy(head(rows), labels_N[chunk], reduction="none")
+                loss = (nll * weights_N[chunk]).sum()
+            total += loss.detach()
+            if inputs:
+                found = list(torch.autograd.grad(loss, inputs))
+                if needed[0]:
+                    rows_gradients.append(found.pop(0))
+                for number, gradient in enumerate(found):
+                    gradients[number] = gradients[number].add_(gradient) if number in gradients else gradient
+        ctx.needed = needed
+        ctx.gradients = ([torch.cat(rows_gradients)] if rows_gradients else []) + list(gradients.values())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        gradients = iter(ctx.gradients)
+        found = [next(gradients).mul_(upstream) if is_needed else None for is_needed in ctx.needed]
+        ctx.gradients = None
+        return (found[0], None, None, None, None, *found[1:])
+
+
+@torch.no_grad()
+def check_loss(model: torch.nn.Module, is_packed: bool) -> None:
+    """Refuse a model whose loss would come out wrong. Under ZeRO-3 every rank must call this.
+
+    A family may do something to its logits that we do not know of, or take positions or masks from elsewhere, so that
+    packed sequences would see each other. Two short sequences show it, against logits from a plain forward of each.
+
+    Raises:
+        UserError: naming the model type.
+    """
+    config, device = model.config.get_text_config(), model.device
+    sequences = []
+    for start, length in ((11, 12), (29, 7)):
+        ids = [(start + 7919 * i) % config.vocab_size for i in range(length)]
+        sequences.append(Sequence(ids, [-100, *ids[1:]], weight=1.0 / start))
+    plain = 0.0
+    for sequence in sequences:
+        logits_TV = model(input_ids=torch.tensor([sequence.input_ids], device=device), use_cache=False).logits[0]
+        labels = torch.tensor(sequence.labels[1:], device=device)
+        plain += sequence.weight * F.cross_entropy(logits_TV[:-1].float(), labels, reduction="sum").item()
+    found = [_or_nan(model, collate(sequences, device, packed)) for packed in {False, is_packed}]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not all(abs(value - plain) < tolerance * abs(plain) for value in found[:1]):
+        raise UserError(
+            f"model.path: models of type {config.model_type} compute their logits in a way that is not known here "
+            f"(a loss of {found[0]:.4f} instead of {plain:.4f}), so they cannot be trained"
         )
-    return F.cross_entropy(output.logits[0].float(), labels_BL[labelled_BL], reduction="none")
+    if not abs(found[-1] - plain) < tolerance * abs(plain):
+        raise UserError(
+            f"data.packing: models of type {config.model_type} cannot train on packed sequences (a loss of "
+            f"{found[-1]:.4f} instead of {plain:.4f}: they would see each other); set data.packing=false"
+        )
+
+
+def _or_nan(model: torch.nn.Module, batch: MicroBatch) -> float:
+    try:
+        return token_loss(model, batch).item()
+    except (RuntimeError, IndexError, TypeError, ValueError):  # an attention of its own, which ours did not reach
+        return float("nan")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ssgen_ds.distributed import World
-from ssgen_ds.loss import token_nll
+from ssgen_ds.loss import token_loss
 from ssgen_ds.window import Window
 
 
@@ -51,15 +51,15 @@ def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
     When the loss is not finite on some rank, all gradients become NaN: the loss can be infinite where its gradient is
     not, and one check, that of the gradient, then keeps the weights at every stage.
     """
-    weighted_sum = torch.zeros((), dtype=torch.float64)
+    # Kept on the device until the last micro batch: reading it earlier would make the host wait at each.
+    weighted_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     loss = math.nan
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
         engine.set_gradient_accumulation_boundary(i == last)
         with world.phase("forward"):
-            nll_N = token_nll(engine, batch.input_ids_BL, batch.labels_BL, batch.lengths_B)
-            micro_sum = (nll_N * batch.weights_N).sum()
-        weighted_sum += micro_sum.detach().double().cpu()
+            micro_sum = token_loss(engine, batch)
+        weighted_sum += micro_sum.detach()
         scale = world.size / window.global_weight
         if i == last:
             loss = world.sum(weighted_sum.item())[0] / window.global_weight
@@ -83,13 +83,7 @@ def _local_grad_norm(engine: Any) -> float:
 @torch.no_grad()
 def evaluation_loss(engine: Any, window: Window, world: World) -> float:
     """The loss of a window, in nats per label, without a gradient. The caller puts the model in eval mode."""
-    weighted_sum = sum(
-        (token_nll(engine.module, batch.input_ids_BL, batch.labels_BL, batch.lengths_B) * batch.weights_N)
-        .double()
-        .sum()
-        .item()
-        for batch in window.micro_batches
-    )
+    weighted_sum = sum(token_loss(engine.module, batch).item() for batch in window.micro_batches)
     return world.sum(weighted_sum)[0] / window.global_weight
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
 from ssgen_ds.selfgen.store import read_round, round_path, write_round
 from ssgen_ds.step import StepStats, evaluation_loss, learning_rate_at, train_step
-from ssgen_ds.window import Sequence, Window, build_window
+from ssgen_ds.window import Packing, Sequence, Window, build_window
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Trainer:
     total_steps: int
     logbook: Logbook | None  # rank 0 only
     progress: Progress
+    packing: Packing
     resumed_round: Path | None = None  # the checkpoint's copy of the round in progress
     saved_step: int = field(init=False)  # the newest step that need not be saved
     saved: Saved | None = field(default=None, init=False)  # the last checkpoint of this process
@@ -131,9 +131,7 @@ class Trainer:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def _window(self, sequences: list[Sequence]) -> Window:
-        return build_window(
-            sequences, self.recipe.train.micro_batch, self.world.rank, self.world.size, self.world.device
-        )
+        return build_window(sequences, self.packing, self.world.rank, self.world.size, self.world.device)
 
     def _learning_rate(self, step: int) -> float:
         train = self.recipe.train
@@ -193,11 +191,18 @@ class Trainer:
                 "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
                 "step_seconds": seconds,
                 "tokens_per_second": window.num_tokens / seconds,
-                "peak_memory_bytes": int(self.world.max(_peak_memory_bytes())),
             }
+            | self._memory_row()
             | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
             | self._checkpoint_row(step)
         )
+
+    def _memory_row(self) -> dict[str, int]:
+        """Peaks of the rank that needed most: so far, and of this step by what was done (0: not done)."""
+        memory = self.world.memory
+        peaks = {f"peak_{name}_bytes": peak for name, peak in memory.take().items()}
+        peaks = {"peak_memory_bytes": memory.highest, **peaks}
+        return {key: int(self.world.max(peak)) for key, peak in peaks.items()}
 
     def _checkpoint_row(self, step: int) -> dict[str, float]:
         """What the checkpoint that was written after the step before cost."""
@@ -274,10 +279,3 @@ def _rac_counts(records: list[Generated]) -> dict[str, int]:
         "num_empty_drafts": sum(record.draft_ids == [] for record in records),
         "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
     }
-
-
-def _peak_memory_bytes() -> int:
-    """Peak of this rank: of the allocator on a GPU, of the process (resident) on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -31,6 +31,7 @@ class Datasets:
     evaluation: Sequence[Example]
     fingerprint: str
     summary: dict[str, Any]
+    longest: int  # tokens of the longest training example; where that is not known, of what the recipe allows
 
 
 def build_datasets(recipe: Recipe, chat: ChatFormat, cache_dir: Path) -> Datasets:
@@ -59,7 +60,9 @@ def build_datasets(recipe: Recipe, chat: ChatFormat, cache_dir: Path) -> Dataset
             summary["eval"] = _counts(evaluation)
         evaluation = _sample(evaluation, recipe.eval.max_examples, train.seed)
     summary["eval_examples"] = 0 if evaluation is None else len(evaluation)
-    return Datasets(plan, [] if evaluation is None else evaluation, fingerprint, summary)
+    allowed = data.max_prompt_tokens + data.max_response_tokens
+    longest = allowed if data.streaming else store.longest
+    return Datasets(plan, [] if evaluation is None else evaluation, fingerprint, summary, longest)
 
 
 def read_prompts(data: DataConfig, chat: ChatFormat, key: str = "--data") -> list[Example]:

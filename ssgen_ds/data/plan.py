@@ -106,23 +106,60 @@ def _fraction(weight: float, length: int) -> int:
     return min(1, length) if count == 0 and weight < 1 else count
 
 
-def shard_by_length(lengths: Sequence[int], world_size: int, micro_batch: int) -> list[list[list[int]]]:
+def shard_by_length(
+    lengths: Sequence[int], world_size: int, micro_batch: int, max_tokens: int | None = None, padded: bool = True
+) -> list[list[list[int]]]:
     """Deal sequences out as [rank][micro batch][index], alike in length within a micro batch and within a round.
 
-    Micro batches hold at most `micro_batch`. All ranks get the same number of them, or, where there are too few
+    Micro batches hold at most `micro_batch` sequences and, with `max_tokens`, so many tokens, padding included where
+    they are `padded`; a longer sequence goes alone. All ranks get the same number of them, or, where there are too few
     sequences, some get one fewer; each round's longest goes to the rank with the fewest tokens so far.
     """
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    ordered = [lengths[index] for index in by_length]
     rounds = math.ceil(math.ceil(len(lengths) / micro_batch) / world_size)
     pieces = min(len(lengths), rounds * world_size)
-    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     bounds = [len(lengths) * piece // max(pieces, 1) for piece in range(pieces + 1)]
+    micros_tokens = [(_tokens(ordered[a:b], padded), ordered[a]) for a, b in pairwise(bounds)]
+    if max_tokens is not None and any(tokens > max(max_tokens, longest) for tokens, longest in micros_tokens):
+        bounds = _even_bounds(ordered, world_size, micro_batch, max_tokens, padded)
     micros = [by_length[start:end] for start, end in pairwise(bounds)]
     shards: list[list[list[int]]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
-    for start in range(0, pieces, world_size):
+    for start in range(0, len(micros), world_size):
         ranks = sorted(range(world_size), key=tokens.__getitem__)
         heaviest_first = sorted(micros[start : start + world_size], key=lambda micro: -sum(lengths[i] for i in micro))
         for rank, micro in zip(ranks, heaviest_first, strict=False):
             shards[rank].append(micro)
             tokens[rank] += sum(lengths[i] for i in micro)
     return shards
+
+
+def _tokens(lengths: Sequence[int], padded: bool) -> int:
+    """Of one micro batch, longest first."""
+    return len(lengths) * lengths[0] if padded else sum(lengths)
+
+
+def _even_bounds(ordered: list[int], world_size: int, micro_batch: int, max_tokens: int, padded: bool) -> list[int]:
+    """Where to cut, with the fewest micro batches a rank and, of these cuts, the smallest largest micro batch."""
+    most = len(_cut(ordered, micro_batch, max_tokens, padded)) - 1
+    pieces = math.ceil(most / world_size) * world_size
+    low, high = 1, max_tokens  # the smallest budget that needs no more than these pieces, by bisection
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(ordered, micro_batch, middle, padded)) - 1 <= pieces:
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(ordered, micro_batch, low, padded)
+
+
+def _cut(ordered: list[int], micro_batch: int, max_tokens: int, padded: bool) -> list[int]:
+    """Bounds of micro batches that are filled one after another."""
+    bounds = [0]
+    for end in range(1, len(ordered) + 1):
+        begin = bounds[-1]
+        full = end - begin > micro_batch or _tokens(ordered[begin:end], padded) > max_tokens
+        if full and end - 1 > begin:
+            bounds.append(end - 1)
+    return [*bounds, len(ordered)]

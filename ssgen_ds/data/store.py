@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ssgen_ds.config import DataConfig, SourceConfig
 from ssgen_ds.data.paths import resolve_path
@@ -99,6 +100,16 @@ class Store(Sequence[Example]):
         batches = (self._reader.get_batch(i).column(column).to_numpy() for i in range(self._reader.num_record_batches))
         values = np.concatenate(list(batches))
         return values if self._indices is None else values[self._indices]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        most = 0
+        for number in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(number)
+            both = pc.add(*(pc.list_value_length(batch.column(name)) for name in ("prompt_ids", "response_ids")))
+            most = max(most, pc.max(both).as_py() or 0)
+        return most
 
     def part(self, indices: np.ndarray) -> Store:
         """A view of some examples, in the given order."""

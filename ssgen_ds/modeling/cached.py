@@ -11,7 +11,6 @@ would be twice to three times as many tokens (measured on SmolLM2, 8 rows, mix r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.packed import attention_function
 from ssgen_ds.modeling.project import project_only
 
 _PACKED = "ssgen_packed"  # name of the attention function while a call runs
@@ -131,10 +131,7 @@ class CachedCausalLM:
             attention_mask: torch.Tensor | None,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, None]:
-            if implementation == "eager":  # every family has its own, next to its layers
-                function = sys.modules[type(module).__module__].eager_attention_forward
-            else:
-                function = ALL_ATTENTION_FUNCTIONS[implementation]
+            function = attention_function(implementation, module)
             _, heads, _, size = query_1HND.shape
             query_BHQD = query_1HND.new_zeros(slots.rows, heads, slots.width, size)
             query_BHQD[slots.rows_N, :, slots.columns_N] = query_1HND[0].transpose(0, 1)

@@ -35,7 +35,7 @@ def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str]
     shards = (
         Shards(module, engine.optimizer.parameter_offload) if any(map(is_partitioned, module.parameters())) else None
     )
-    free = free_bytes(world) - _optimizer_bytes_to_come(engine, world)
+    free = free_bytes(world) - optimizer_bytes_to_come(engine, world)
     whole = quantized_base_bytes(module) if recipe.quantization.kind != "none" and shards is None else 0
     strategy, reason = choose_strategy(recipe.selfgen.strategy, shards, free, world, whole)
     free -= {GATHERED: shards.total_bytes if shards else 0, DEQUANTIZED: whole}.get(strategy, 0)
@@ -132,7 +132,7 @@ def _control_group_headroom(root: Path = Path("/sys/fs/cgroup"), own: Path = Pat
     return headroom
 
 
-def _optimizer_bytes_to_come(engine: Any, world: World) -> float:
+def optimizer_bytes_to_come(engine: Any, world: World) -> float:
     """AdamW allocates its two moments at the first step, and ZeRO its gradients at the first backward: float32 each."""
     trainable = [p for p in engine.module.parameters() if p.requires_grad]
     return 3 * 4.0 * sum(full_shape(p).numel() for p in trainable) / world.size

@@ -27,7 +27,7 @@ from ssgen_ds.selfgen.store import read_round
 from ssgen_ds.step import accumulate_gradients, train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.trainer import Trainer
-from ssgen_ds.window import Sequence, build_window
+from ssgen_ds.window import Packing, Sequence, build_window
 from tests.support.stopping import stopping
 from tests.support.tiny_runs import tiny_recipe
 
@@ -66,6 +66,7 @@ def tokens_of(run_dir: Path) -> list[list[Generated]]:
 
 TIMES = (
     *("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("peak_generate_bytes", "peak_train_bytes", "peak_optimizer_bytes"),
     *("checkpoint_seconds", "checkpoint_bytes"),
 )
 _COSTS = (
@@ -93,7 +94,7 @@ def gradient_case(stage: int, micro_batch: int) -> Case:
             Sequence([5, 6, 7, 8 + i, *range(20, 20 + 3 * i), 9], [-100, -100, 7, *range(30, 31 + 3 * i), 9])
             for i in range(3)
         ] + [Sequence([40, 41, 42], [-100, -100, 42], weight=0.5)]
-        window = build_window(sequences, micro_batch, world.rank, world.size, world.device)
+        window = build_window(sequences, Packing(micro_batch), world.rank, world.size, world.device)
         accumulate_gradients(trainer.engine, window, world)
         gradients = {n: safe_get_full_grad(p) for n, p in trainer.engine.module.named_parameters()}
         path = folder / f"grad-{world.size}-{stage}-{micro_batch}.pt"
@@ -224,7 +225,7 @@ def generation_leaves_no_trace_case(stage: int, adapter: str, **more: Any) -> Ca
             )
             trainer = trainer_for(recipe, world)
             sequences = [Sequence(list(range(3, 20)), list(range(3, 20))[:0] + [-100] * 9 + list(range(12, 20)))] * 4
-            window = build_window(sequences, 2, world.rank, world.size, world.device)
+            window = build_window(sequences, Packing(2), world.rank, world.size, world.device)
             for number in range(3):
                 if generates:
                     requests = [free_request([5, 6, 7], 6 + i, 11 * i, frozenset({2})) for i in range(3)]
@@ -293,7 +294,7 @@ def non_finite_case(stage: int, where: str, dtype: str) -> Case:
         trainer = trainer_for(recipe, world)
         before = full_state_dict(trainer.engine.module)
         sequences = [Sequence([5, 6, 7, 8], [-100, 6, 7, 8])] * 4
-        window = build_window(sequences, 2, world.rank, world.size, world.device)
+        window = build_window(sequences, Packing(2), world.rank, world.size, world.device)
         head = trainer.engine.module.get_output_embeddings()
 
         def poison(module: Any, args: Any, output: torch.Tensor) -> Any:

@@ -20,7 +20,7 @@ from ssgen_ds.config import Recipe
 from ssgen_ds.distributed import World
 from ssgen_ds.errors import NonFiniteError, StopRequested, UserError
 from ssgen_ds.phases import Phases, parse_faults
-from ssgen_ds.step import token_nll
+from ssgen_ds.step import token_loss
 from ssgen_ds.train import fit_and_export
 from tests.distributed.numerics_cases import Case, fresh, metrics_of, resume_case, tokens_of, weights_hash
 from tests.support.stopping import stopping
@@ -168,11 +168,11 @@ def disk_case(fault: str) -> Case:
 def poisoned(steps: tuple[int, ...], rank: int, world: World) -> Iterator[None]:
     """The loss of one rank is NaN in these (1-based) steps."""
 
-    def nll(*args: Any) -> torch.Tensor:
-        value = token_nll(*args)
+    def loss(*args: Any) -> torch.Tensor:
+        value = token_loss(*args)
         return value * float("nan") if world.rank == rank and world.phases.step in steps else value
 
-    with mock.patch("ssgen_ds.step.token_nll", nll):
+    with mock.patch("ssgen_ds.step.token_loss", loss):
         yield
 
 

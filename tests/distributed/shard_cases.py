@@ -22,7 +22,7 @@ from ssgen_ds.selfgen.rac import free_request
 from ssgen_ds.selfgen.requests import Request
 from ssgen_ds.step import train_step
 from ssgen_ds.train import fit_and_export
-from ssgen_ds.window import Sequence, build_window
+from ssgen_ds.window import Packing, Sequence, build_window
 from tests.distributed.numerics_cases import (
     Case,
     fresh,
@@ -68,7 +68,9 @@ def parameters_case(strategy: str) -> Case:
         settings = {"adapter__kind": "none", "deepspeed": PARTITIONED, "selfgen__strategy": strategy}
         trainer = trainer_for(fresh(folder, f"parameters-{strategy}", world, **settings), world)
         module, sampler = trainer.engine.module, trainer.generator.sampler
-        window = build_window([Sequence([5, 6, 7, 8], [-100, 6, 7, 8])] * 4, 2, world.rank, world.size, world.device)
+        window = build_window(
+            [Sequence([5, 6, 7, 8], [-100, 6, 7, 8])] * 4, Packing(2), world.rank, world.size, world.device
+        )
         train_step(trainer.engine, window, 1e-2, world)
         seen: list[list[int]] = []
         fault: list[int] = []  # forwards of a layer until the error

@@ -24,6 +24,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_GROUPED, "tie_word_embeddings": False},
     "gpt_neox": _SHAPE,
     "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 16},
+    "mistral": {**_GROUPED, "sliding_window": 8},
+    "cohere": _GROUPED,
+    "granite": {**_GROUPED, "logits_scaling": 4.0},
     "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 1},
 }
 

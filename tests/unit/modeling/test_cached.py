@@ -6,13 +6,11 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.loss import token_nll
 from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
 from ssgen_ds.selfgen.draw import TIE
 from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
 from ssgen_ds.selfgen.noise import Stream, gumbel, sequence_key
-from ssgen_ds.window import IGNORE
 from tests.support.tiny_models import tiny_model
 
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,24 +89,6 @@ def test_eager_attention_gives_the_same(model):
     finally:
         model.set_attn_implementation(was)
     assert [result.tokens for result in after] == [result.tokens for result in before]
-
-
-@torch.no_grad()
-def test_loss_of_a_padded_batch_is_that_of_its_rows_alone(model):
-    """Right padding, explicit positions, projection only at the labels: same NLL as a plain forward."""
-    rows = [request.prompt_ids + request.guess_ids for request in some_requests(0.0)]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE)
-    expected = []
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        labelled = range(1, len(row), 2)
-        labels[i, list(labelled)] = torch.tensor([row[t] for t in labelled])
-        log_probs = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        expected += [-log_probs[t - 1, row[t]] for t in labelled]
-    nll = token_nll(model, ids, labels, torch.tensor([len(row) for row in rows]))
-    torch.testing.assert_close(nll, torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
 def test_cache_check_passes(model):

@@ -1,0 +1,104 @@
+"""Micro batches without padding: sequences one after another in a single row, each attending to itself alone.
+
+The model sees N tokens and no padding in everything but attention. Around its attention function the tokens are laid
+out as [B, L]: no sequence can see another, whatever the function does, and plain causal kernels can do it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_NAME = "ssgen_padding_free"  # of the attention function while a forward runs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the N tokens of a packed row lie in a padded batch [B, L]: at `row * L + position`."""
+
+    rows: int
+    width: int
+    slots_N: torch.Tensor
+    positions_1N: torch.Tensor
+
+    def to_padded(self, packed_1HND: torch.Tensor) -> torch.Tensor:
+        """[1, heads, N, D] -> [B, heads, L, D], zeros where there is no token."""
+        _, heads, _, size = packed_1HND.shape
+        flat_SHD = packed_1HND.new_zeros(self.rows * self.width, heads, size)
+        flat_SHD = flat_SHD.index_copy(0, self.slots_N, packed_1HND[0].transpose(0, 1))
+        return flat_SHD.view(self.rows, self.width, heads, size).transpose(1, 2)
+
+    def to_packed(self, padded_BLHD: torch.Tensor) -> torch.Tensor:
+        """[B, L, heads, D] -> [1, N, heads, D]."""
+        return padded_BLHD.flatten(0, 1).index_select(0, self.slots_N)[None]
+
+
+def attention_function(implementation: str, module: torch.nn.Module) -> Any:
+    """What transformers would call in this attention layer."""
+    if implementation == "eager":  # every family has its own, next to its layers
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+@contextmanager
+def packed_attention(model: torch.nn.Module, layout: Layout | None) -> Iterator[dict[str, Any]]:
+    """Inside, the model's attention works on the rows of the layout; yields what its forward must be called with.
+
+    Nothing happens for None.
+    """
+    if layout is None:
+        yield {}
+        return
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    masks = _masks(config, model.dtype, layout)
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        mask = None if attention_mask is None or attention_mask.shape[-1] == 1 else attention_mask
+        function = attention_function(implementation, module)
+        padded, _ = function(module, *map(layout.to_padded, (query, key, value)), mask, **kwargs)
+        return layout.to_packed(padded), None
+
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    config._attn_implementation = _NAME
+    try:
+        yield {"attention_mask": masks, "position_ids": layout.positions_1N}
+    finally:
+        config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
+
+
+def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | dict[str, torch.Tensor]:
+    """[1, 1, L, L] for all rows: padding comes last, and what it attends to is dropped.
+
+    A mask of one element stands for none: sdpa then takes its causal kernels, which need no mask.
+    """
+    window = getattr(config, "sliding_window", None)  # a family trait: most configs lack it
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    columns_L = torch.arange(layout.width, device=layout.slots_N.device)
+
+    def mask(kind: str) -> torch.Tensor:
+        seen_LL = columns_L <= columns_L[:, None]
+        narrow = kind == "sliding_attention" and window is not None and window < layout.width
+        if narrow:
+            seen_LL &= columns_L > columns_L[:, None] - window
+        if config._attn_implementation == "eager":
+            hidden = torch.zeros_like(seen_LL, dtype=dtype).masked_fill(~seen_LL, torch.finfo(dtype).min)
+            return hidden[None, None]
+        return seen_LL[None, None] if narrow else seen_LL[None, None, :1, :1]
+
+    masks = {kind: mask(kind) for kind in sorted(kinds)}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
