@@ -13,7 +13,7 @@ from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World
-from ssgen_ds.ds_config import build_ds_config, zero_stage
+from ssgen_ds.ds_config import build_ds_config, with_fitting_bucket, zero_stage
 from ssgen_ds.errors import UserError
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.loss import check_loss
@@ -22,6 +22,7 @@ from ssgen_ds.modeling import families
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.cached import check_cache
 from ssgen_ds.modeling.convert import cache_root
+from ssgen_ds.modeling.gather import full_shape
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.modeling.optimizer import build_optimizer
 from ssgen_ds.modeling.quantization import quantization_problems
@@ -152,6 +153,9 @@ def build_engine(foundations: Foundations, world: World) -> Any:
         model = world.together(
             lambda: apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
         )
+    ds_config = with_fitting_bucket(
+        ds_config, sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    )
     optimizer = build_optimizer(model, recipe.train, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing

@@ -50,6 +50,26 @@ def preview(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Of a node; default: those here. 0: a CPU.")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU: 24GiB, 80GB. Default: that of the one here.")] = "",
+    card: Annotated[str, typer.Option(help="For the seconds: H200, H100, A100, L40S, 4090, 3090, A10, T4.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Say before any weight is read whether a recipe fits, what would make it fit, and how long it takes.
+
+    Exit code 1 when it does not fit.
+    """
+    from ssgen_ds.plan.run import command, find_hardware
+
+    if not command(recipe, overrides or [], find_hardware(gpus, nodes, gpu_memory), card, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: ModelPath,
     data: Annotated[str, typer.Option(help="File with prompts, in any of the data formats.")],

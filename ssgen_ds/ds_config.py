@@ -25,6 +25,9 @@ _OWNED = {
 }
 
 
+DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
+
+
 def find_shipped(name: str) -> Path | None:
     """A file by path: in the working directory first, then beside the package (checkout), then inside it."""
     package = Path(ssgen_ds.__file__).parent
@@ -108,3 +111,15 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Whether optimizer states live in host memory, which needs DeepSpeed's own CPU Adam."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def with_fitting_bucket(config: dict[str, Any], trained: int) -> dict[str, Any]:
+    """The dictionary with `reduce_bucket_size` at most the number of trained parameters.
+
+    ZeRO allocates the bucket in full, ZeRO-2 with overlap_comm twice: 200 million elements beside an adapter of one.
+    """
+    zero = config.get("zero_optimization", {})
+    bucket = min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), trained)
+    return (
+        config if zero_stage(config) == 0 else {**config, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
+    )

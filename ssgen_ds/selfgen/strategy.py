@@ -25,8 +25,8 @@ from ssgen_ds.selfgen.engine_sampler import DEQUANTIZED, GATHERED, LOCAL, SHARDE
 GIB = 2.0**30
 USABLE = 0.8  # share of the free memory that gathered parameters may take: the rest is for activations
 CACHE_SHARE = 0.25  # share of what is then still free that keys and values may take
-_MOST_ROWS = 64
-_MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
+MOST_ROWS = 64
+MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
 
 
 def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str], None]) -> EngineSampler:
@@ -85,7 +85,7 @@ def batch_limit(
     if selfgen.batch != "auto":
         return BatchLimit(int(selfgen.batch), float("inf"), per_token)
     cheap_calls = world.device.type == "cpu" and strategy != SHARDED
-    return BatchLimit(_MOST_ROWS_CPU if cheap_calls else _MOST_ROWS, cache_bytes, per_token)
+    return BatchLimit(MOST_ROWS_CPU if cheap_calls else MOST_ROWS, cache_bytes, per_token)
 
 
 def cache_bytes_per_token(module: torch.nn.Module) -> int:

@@ -1,0 +1,217 @@
+"""Bytes on one rank, by phase and by what they are for. Pure arithmetic on counts; the rules are DeepSpeed 0.19's.
+
+Symbols: P parameters of the base, T trained ones, Q quantised ones, c bytes of the dtype to compute in, W ranks.
+
+    weights     (P - Q + T_lora) c, and of nf4 half a byte a weight plus scales; at ZeRO-3 a W-th, small ones whole
+    masters     4 T: float32 weights that the optimizer updates; at ZeRO 1-3 always, a W-th; at ZeRO 0 only in bfloat16
+    moments     8 T of AdamW, 2.03 T in 8 bits; at ZeRO 1-3 a W-th
+    gradients   c T; at ZeRO-2 a W-th and a bucket on the way, at ZeRO-3 a W-th and a bucket; in bfloat16 without ZeRO
+                also 4 T of float32 sums
+    gathered    at ZeRO-3 what is whole at a time: up to `stage3_max_live_parameters`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssgen_ds.loss import CHUNK_LOGITS
+from ssgen_ds.plan.sizes import Sizes
+from ssgen_ds.selfgen.strategy import CACHE_SHARE, USABLE
+
+GIB = 2.0**30
+PHASES = ("load", "generate", "train", "optimizer")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of the recipe, the DeepSpeed file and the hardware the memory depends on."""
+
+    stage: int
+    ranks: int
+    element: int  # bytes of the dtype to compute in
+    is_mixed: bool  # DeepSpeed keeps float32 masters because the model is in bfloat16
+    adapter_element: int
+    nf4: bool
+    double: bool
+    moments: float  # bytes per trained parameter
+    offload_optimizer: bool
+    offload_param: bool
+    checkpointing: bool
+    micro_tokens: int  # of the largest micro batch
+    accumulates: bool  # over several micro batches a step
+    labels: int  # of it
+    rows: int  # sequences generated together
+    row_tokens: int  # of the longest of them
+    strategy: str  # auto, sharded, gathered
+    generates: bool
+    reduce_bucket: int
+    live: int  # elements that ZeRO-3 may hold whole
+    memory: float  # bytes of the device; inf when not known
+    overhead: float  # bytes that neither torch nor we allocate: the device's context, fragmentation
+    cheap_calls: bool = False
+
+
+@dataclass
+class Plan:
+    """Bytes on the rank's device by phase and part, and in host memory."""
+
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    strategy: str = "local"
+    cache_rows: int = 0
+
+    def peak(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def highest(self) -> float:
+        return max(map(self.peak, self.phases))
+
+
+def plan_memory(sizes: Sizes, s: Setting) -> Plan:
+    """The parts of every phase. Hand-worked values are in the tests."""
+    plan = Plan()
+    weights, whole = _weights(sizes, s)
+    shared = s.ranks if s.stage >= 1 else 1
+    masters = 4.0 * sizes.trained / shared if s.stage >= 1 or s.is_mixed else 0.0
+    moments = s.moments * sizes.trained / shared
+    on_host = {}
+    if s.offload_optimizer:
+        on_host |= {"masters": masters, "moments": moments, "gradients": 4.0 * sizes.trained / shared}
+        masters = moments = 0.0
+    if s.offload_param:
+        on_host["weights"] = weights
+        weights = 0.0
+    plan.host = on_host
+    overhead = {"overhead": s.overhead}
+    resident = {"weights": weights, "masters": masters, "moments": moments}
+    plan.phases["load"] = {"weights": weights, "largest tensor": _largest_tensor(sizes, s), **overhead}
+    if s.generates:
+        plan.phases["generate"] = {**resident, **_generation(sizes, s, plan, sum(resident.values()), whole), **overhead}
+    activations, (gradients, bucket) = _activations(sizes, s), _gradients(sizes, s)
+    plan.phases["train"] = {
+        **resident,
+        # Of a first micro batch they take the place of the activations that the backward lets go.
+        "gradients": gradients if s.accumulates else max(0.0, gradients - activations),
+        "bucket": bucket,
+        "activations": activations,
+        "logits": max(_logits(sizes, s), _transient(sizes, s)),
+        "gathered": _live(sizes, s, whole),
+        **overhead,
+    }
+    step = 0.0 if s.offload_optimizer else _step_bytes(sizes, s, shared)
+    gradients = 0.0 if s.offload_optimizer else _gradients_at_step(sizes, s)
+    plan.phases["optimizer"] = {**resident, "gradients": gradients, "update": step, **overhead}
+    return plan
+
+
+def _weights(sizes: Sizes, s: Setting) -> tuple[float, float]:
+    """Of one rank, and of the whole model."""
+    quantised = sizes.quantizable if s.nf4 else 0
+    scales = quantised * (1 / 64 + 4 / (64 * 256) if s.double else 4 / 64)
+    plain = (sizes.parameters - quantised) * s.element + sizes.adapter * s.adapter_element
+    whole = plain + quantised * 0.5 + scales
+    if s.stage < 3:
+        return whole, whole
+    small = sizes.small * s.element
+    return (whole - scales - small) / s.ranks + scales + small, whole
+
+
+def _largest_tensor(sizes: Sizes, s: Setting) -> float:
+    """ZeRO-3 and quantisation read one tensor at a time; without them it is read into its place."""
+    tensor = sizes.vocabulary * sizes.hidden
+    return float(tensor * s.element) if s.stage == 3 or s.nf4 else 0.0
+
+
+def _gradients(sizes: Sizes, s: Setting) -> tuple[float, float]:
+    """Gradients as they stay between micro batches, and the bucket in which they are reduced."""
+    trained, c = sizes.trained, s.adapter_element if sizes.adapter else s.element
+    if s.stage == 0:
+        return trained * (c + (4.0 if s.is_mixed else 0.0)), 0.0
+    if s.stage == 1:
+        return float(trained * c), 0.0
+    bucket = float(min(s.reduce_bucket, trained) * c)
+    if s.stage == 2 and s.ranks > 1:
+        bucket *= 2  # one is filled while the other is on its way
+    return (0.0 if s.offload_optimizer else trained * c / s.ranks), bucket
+
+
+def _gradients_at_step(sizes: Sizes, s: Setting) -> float:
+    c = s.adapter_element if sizes.adapter else s.element
+    if s.stage == 0:
+        return _gradients(sizes, s)[0]
+    return sizes.trained * c / s.ranks
+
+
+def _step_bytes(sizes: Sizes, s: Setting, shared: int) -> float:
+    """A float32 copy of the rank's gradients, and the update itself (foreach AdamW: one more moment)."""
+    per_parameter = (4.0 if s.stage >= 1 else 0.0) + (4.0 if s.moments == 8.0 else 0.0)
+    return per_parameter * sizes.trained / shared
+
+
+def _activations(sizes: Sizes, s: Setting) -> float:
+    if s.checkpointing:
+        kept = sizes.layers * sizes.hidden * s.element
+        rest = sizes.activations - sizes.layers * sizes.layer_activations
+        per_token = kept + sizes.layer_activations + max(0.0, rest)
+    else:
+        per_token = sizes.activations
+    return s.micro_tokens * per_token
+
+
+def _transient(sizes: Sizes, s: Setting) -> float:
+    """Gradients on their way through the widest layer, and its weights dequantised."""
+    dequantised = sizes.largest_unit * s.element / 2 if s.nf4 else 0.0
+    return s.micro_tokens * 2.0 * sizes.widest * s.element + dequantised
+
+
+def _logits(sizes: Sizes, s: Setting) -> float:
+    """A chunk in the model's dtype and in float32, both with their gradients; then the gradient of its rows."""
+    rows = min(s.labels, max(1, CHUNK_LOGITS // sizes.vocabulary))
+    return rows * sizes.vocabulary * (2.0 * s.element + 8.0) + s.labels * sizes.hidden * s.element
+
+
+def _live(sizes: Sizes, s: Setting, whole: float) -> float:
+    """Beside the rank's own share."""
+    if s.stage != 3 or (s.ranks == 1 and not s.offload_param):
+        return 0.0
+    elements = sizes.parameters + sizes.adapter
+    return whole * min(1.0, max(s.live, sizes.largest_unit) / elements)
+
+
+def _generation(sizes: Sizes, s: Setting, plan: Plan, resident: float, whole: float) -> dict[str, float]:
+    """Weights as the strategy holds them, and keys and values of as many rows as fit; by the rules of the sampler."""
+    free = s.memory - s.overhead - resident
+    parts: dict[str, float] = {}
+    if s.stage == 3:
+        wanted = whole + sizes.largest_unit * s.element
+        gather = s.strategy == "gathered" or (s.strategy == "auto" and wanted <= USABLE * free)
+        plan.strategy = "gathered" if gather else "sharded"
+        parts["gathered"] = whole if gather else 2.0 * sizes.largest_unit * s.element
+        free -= parts["gathered"]
+    elif s.nf4:
+        dequantised = float(sizes.quantizable * s.element)
+        hold = s.strategy == "gathered" or (s.strategy == "auto" and dequantised <= USABLE * free)
+        plan.strategy = "dequantized" if hold else "local"
+        parts["gathered"] = dequantised if hold else sizes.largest_unit * s.element / 2
+        free -= parts["gathered"]
+    row = s.row_tokens * sizes.cache
+    fitting = int(max(1.0, min(s.rows, CACHE_SHARE * max(0.0, free) // row)))
+    plan.cache_rows = fitting
+    parts["cache"] = float(fitting * row)
+    # One prompt after another is read in; logits exist for the rows' wanted positions.
+    parts["activations"] = fitting * s.row_tokens * (sizes.hidden * 2 + sizes.widest) * s.element
+    parts["logits"] = fitting * sizes.vocabulary * (s.element + 8.0)
+    return parts
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Bytes by phase and part."""
+    return {
+        "phases": {name: {**parts, "total": plan.peak(name)} for name, parts in plan.phases.items()},
+        "host": plan.host,
+        "peak": plan.highest,
+        "strategy": plan.strategy,
+        "rows": plan.cache_rows,
+    }

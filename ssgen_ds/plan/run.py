@@ -1,0 +1,242 @@
+"""`ssgen plan`: does a recipe fit, what would make it fit, and how long it takes, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssgen_ds.config import Recipe, load_recipe
+from ssgen_ds.ds_config import DEFAULT_BUCKET, build_ds_config, offloads_optimizer, zero_stage
+from ssgen_ds.errors import UserError
+from ssgen_ds.plan.memory import GIB, Plan, Setting, as_json, plan_memory
+from ssgen_ds.plan.sizes import Sizes, find_config, measure
+from ssgen_ds.plan.timing import Rate, Work, measured_rate, published_rate, seconds
+from ssgen_ds.selfgen.strategy import MOST_ROWS
+
+_CONTEXT = 1.2 * GIB  # of a CUDA device: the driver, kernels, NCCL's buffers
+_FRAGMENTS = 1.05  # reserved by torch's allocator over what it has handed out
+_DEFAULT_PERSISTENCE, _DEFAULT_LIVE = 100_000, 1_000_000_000  # DeepSpeed's own
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What to plan for."""
+
+    gpus: int  # of a node; 0: a CPU, one rank a node
+    nodes: int
+    memory: float  # bytes of one device
+    name: str
+    is_here: bool
+
+    @property
+    def ranks(self) -> int:
+        return max(1, self.gpus) * self.nodes
+
+
+def parse_size(text: str) -> float:
+    """`24GiB`, `80GB`, `16g` -> bytes. Raises UserError."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match:
+        raise UserError(f"--gpu-memory: {text!r} is no size such as 24GiB or 80GB")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit or " ")
+    return float(number) * (1024.0 if binary or (unit == "g" and not text.lower().endswith("gb")) else 1000.0) ** power
+
+
+def find_hardware(gpus: int | None, nodes: int, memory: str) -> Hardware:
+    """As asked for; what is not said is what is here."""
+    here = torch.cuda.is_available()
+    if gpus is None:
+        gpus = torch.cuda.device_count() if here or not memory else 1
+    if memory:
+        size, name = parse_size(memory), "as given"
+    elif here:
+        properties = torch.cuda.get_device_properties(0)
+        size, name = float(properties.total_memory), properties.name
+    elif gpus:
+        raise UserError("--gpu-memory: there is no GPU here to ask; say how much one has, for instance 24GiB")
+    else:
+        import psutil
+
+        size, name = float(psutil.virtual_memory().available), "host memory"
+    return Hardware(gpus, nodes, size, name, (here and gpus > 0) or (not here and gpus == 0))
+
+
+@lru_cache
+def _sizes(raw: str, dtype: str, persistence: int) -> Sizes:
+    recipe = Recipe.model_validate_json(raw)
+    config, _ = find_config(recipe)
+    return measure(config, recipe.adapter, getattr(torch, dtype), persistence, recipe.data.packing)
+
+
+def sizes_of(recipe: Recipe, dtype: str, persistence: int) -> Sizes:
+    """Measured once for each model, adapter and dtype."""
+    key = Recipe.model_validate(
+        {
+            "model": {**recipe.model.model_dump(), "gradient_checkpointing": False},
+            "adapter": recipe.adapter.model_dump(),
+            "data": {"train": ["-"], "packing": recipe.data.packing},
+            "train": {"max_steps": 1},
+            "output_dir": "-",
+        }
+    ).model_dump_json()
+    return _sizes(key, dtype, persistence)
+
+
+def longest_rows(recipe: Recipe) -> tuple[int, int]:
+    """(tokens of the longest sequence trained on, tokens of the longest row while generating), by the recipe.
+
+    Without a tokenizer a cue counts a token for every three characters, and eight for its turn.
+    """
+    data, rac = recipe.data, recipe.method.rac
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    row = longest
+    if recipe.method.uses_rac:
+        draft = data.max_prompt_tokens + rac.max_draft_tokens
+        corrected = draft + len(rac.correction_cue) // 3 + 8 + data.max_response_tokens
+        row = max(row, draft)
+        if rac.target == "rewrite":
+            row = max(row, corrected + len(rac.rewrite_cue) // 3 + data.max_response_tokens)
+        longest = max(longest, corrected)
+    return longest, row
+
+
+def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting, dict[str, Any]]:
+    """The memory model's input, and the DeepSpeed dictionary it was taken from."""
+    config = build_ds_config(recipe, hardware.ranks, dtype)
+    zero = config.get("zero_optimization", {})
+    longest, row = longest_rows(recipe)
+    share = -(-recipe.train.global_batch // hardware.ranks)
+    micro = 1 if recipe.train.micro_batch == "auto" else min(int(recipe.train.micro_batch), share)
+    tokens = micro * longest
+    if recipe.train.micro_batch_tokens is not None:
+        tokens = max(longest, min(tokens, recipe.train.micro_batch_tokens))
+    per_round = share * recipe.selfgen.refresh_every
+    rows = MOST_ROWS if recipe.selfgen.batch == "auto" else int(recipe.selfgen.batch)
+    element = getattr(torch, dtype).itemsize
+    is_cuda = hardware.gpus > 0
+    return Setting(
+        stage=zero_stage(config),
+        ranks=hardware.ranks,
+        element=element,
+        is_mixed=config["bf16"]["enabled"],
+        adapter_element=4 if recipe.adapter.dtype == "float32" else element,
+        nf4=recipe.quantization.kind == "nf4",
+        double=recipe.quantization.double,
+        moments=8.0 if recipe.train.optimizer == "adamw" else 2.0 + 8.0 / 256,
+        offload_optimizer=offloads_optimizer(config),
+        offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+        checkpointing=recipe.model.gradient_checkpointing,
+        micro_tokens=tokens,
+        accumulates=share > micro or recipe.train.micro_batch_tokens is not None,
+        labels=tokens * recipe.data.max_response_tokens // longest,
+        rows=min(rows, per_round),
+        row_tokens=row,
+        strategy=recipe.selfgen.strategy,
+        generates=recipe.method.name != "sft",
+        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        live=int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)),
+        memory=hardware.memory / (_FRAGMENTS if is_cuda else 1.0),
+        overhead=_CONTEXT if is_cuda else 0.0,
+    ), config
+
+
+def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Plan, Sizes, Setting]:
+    """Raises UserError for what is wrong with the recipe or its DeepSpeed file."""
+    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if hardware.gpus else "float32")
+    setting, config = setting_of(recipe, hardware, dtype)
+    persistence = config.get("zero_optimization", {}).get("stage3_param_persistence_threshold", _DEFAULT_PERSISTENCE)
+    sizes = sizes_of(recipe, dtype, int(persistence))
+    return plan_memory(sizes, setting), sizes, setting
+
+
+def fits(plan: Plan, setting: Setting) -> bool:
+    return plan.highest <= setting.memory
+
+
+# In the order of what they cost: the first ones change nothing but speed, the last ones what is trained.
+CHANGES = (
+    ("train.micro_batch=1",),
+    ("model.gradient_checkpointing=true",),
+    ("selfgen.strategy=sharded",),
+    ("deepspeed=ds_configs/zero1.json",),
+    ("deepspeed=ds_configs/zero2.json",),
+    ("deepspeed=ds_configs/zero3.json",),
+    ("train.optimizer=paged_adamw_8bit",),
+    ("deepspeed=ds_configs/zero3_offload.json",),
+    ("adapter.kind=lora",),
+    ("adapter.kind=lora", "quantization.kind=nf4"),
+)
+
+
+def advise(file: Path, overrides: list[str], hardware: Hardware) -> list[str] | None:
+    """The fewest and mildest `key=value` that make the recipe fit; None when none of them do."""
+    for number in (1, 2, 3, 4):
+        for chosen in combinations(CHANGES, number):
+            changes = [change for group in chosen for change in group]
+            keys = [change.partition("=")[0] for change in changes]
+            if len(set(keys)) < len(keys):
+                continue
+            try:
+                plan, _, setting = plan_recipe(load_recipe(file, [*overrides, *changes]), hardware)
+            except UserError:
+                continue
+            if fits(plan, setting):
+                return changes
+    return None
+
+
+def timing(recipe: Recipe, sizes: Sizes, setting: Setting, plan: Plan, hardware: Hardware) -> dict[str, Any] | None:
+    """Seconds of a step and of a round's generation, with the source of the rate; None when no rate is known."""
+    rate: Rate | None
+    if hardware.is_here:
+        device = torch.device("cuda" if hardware.gpus else "cpu")
+        rate = measured_rate(device, torch.bfloat16 if setting.element == 2 else torch.float32)
+    else:
+        rate = published_rate(hardware.name)
+    if rate is None:
+        return None
+    method, data = recipe.method, recipe.data
+    longest, _ = longest_rows(recipe)
+    per_example = 2 if method.uses_rac else 1
+    work = Work(
+        tokens=recipe.train.global_batch * longest * per_example,
+        length=longest,
+        response=data.max_response_tokens,
+        sequences=recipe.train.global_batch,
+        mix_rate=method.bss.mix_rate if method.uses_bss else 0.0,
+        draft=method.rac.max_draft_tokens if method.uses_rac else 0,
+        steps_per_round=recipe.selfgen.refresh_every,
+        rows=max(1, plan.cache_rows),
+        ranks=hardware.ranks,
+        checkpointing=setting.checkpointing,
+        element=setting.element,
+    )
+    return {**seconds(sizes, work, rate), "rate": rate.source}
+
+
+def command(file: Path, overrides: list[str], hardware: Hardware, card: str, as_json_only: bool) -> bool:
+    """Print the plan; whether the recipe fits."""
+    recipe = load_recipe(file, overrides)
+    _, where = find_config(recipe)
+    if card:
+        hardware = Hardware(hardware.gpus, hardware.nodes, hardware.memory, card, False)
+    plan, sizes, setting = plan_recipe(recipe, hardware)
+    ok = fits(plan, setting)
+    changes = None if ok else advise(file, overrides, hardware)
+    times = timing(recipe, sizes, setting, plan, hardware)
+    if as_json_only:
+        body = {**as_json(plan), "fits": ok, "memory": setting.memory, "changes": changes, "seconds": times}
+        print(json.dumps({"model": where, "parameters": sizes.parameters, "trained": sizes.trained, **body}))
+    else:
+        from ssgen_ds.plan.table import show
+
+        show(plan, sizes, setting, hardware, where, ok, changes, times)
+    return ok

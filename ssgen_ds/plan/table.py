@@ -1,0 +1,64 @@
+"""The plan as a person reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssgen_ds.plan.memory import GIB, PHASES, Plan, Setting
+from ssgen_ds.plan.sizes import Sizes
+
+_TITLES = {"load": "loading", "generate": "generating", "train": "forward/backward", "optimizer": "update"}
+
+
+def show(
+    plan: Plan,
+    sizes: Sizes,
+    setting: Setting,
+    hardware: Any,
+    where: str,
+    ok: bool,
+    changes: list[str] | None,
+    times: dict[str, Any] | None,
+) -> None:
+    """Counts, a table of GiB on one rank, the verdict, what to change, and seconds."""
+    console = Console(highlight=False)
+    quantised = f", {sizes.quantizable / 1e9:.2f}e9 of them in nf4" if setting.nf4 else ""
+    console.print(f"model: {where}")
+    console.print(f"parameters: {sizes.parameters / 1e9:.3f}e9{quantised}; trained: {sizes.trained / 1e9:.3f}e9")
+    console.print(
+        f"{setting.ranks} rank{'s' * (setting.ranks > 1)}, ZeRO-{setting.stage}, "
+        f"{setting.micro_tokens} tokens a micro batch; {setting.memory / GIB:.1f} GiB a rank ({hardware.name})"
+    )
+    table = Table(title="GiB on one rank", title_justify="left")
+    table.add_column("")
+    phases = [phase for phase in PHASES if phase in plan.phases]
+    for phase in phases:
+        table.add_column(_TITLES[phase], justify="right")
+    parts = list(dict.fromkeys(part for phase in phases for part in plan.phases[phase]))
+    for part in parts:
+        values = [plan.phases[phase].get(part) for phase in phases]
+        if any(values):
+            table.add_row(part, *("" if not value else f"{value / GIB:.2f}" for value in values))
+    table.add_section()
+    table.add_row("peak", *(f"{plan.peak(phase) / GIB:.2f}" for phase in phases))
+    console.print(table)
+    if plan.host:
+        console.print(f"host memory of a rank: {sum(plan.host.values()) / GIB:.1f} GiB ({', '.join(plan.host)})")
+    if setting.generates:
+        console.print(f"self-generation: {plan.strategy}, {plan.cache_rows} sequences at once")
+    if ok:
+        console.print(f"[green]fits[/green]: {plan.highest / GIB:.1f} of {setting.memory / GIB:.1f} GiB")
+    else:
+        console.print(f"[red]does not fit[/red]: {plan.highest / GIB:.1f} GiB, {setting.memory / GIB:.1f} are there")
+        if changes is None:
+            console.print("none of the usual changes is enough: more ranks, or a smaller model")
+        else:
+            console.print("it would with:  " + " ".join(changes))
+    if times is None:
+        console.print("seconds: the card is not known here; name it with --card, for instance --card H100")
+    else:
+        generation = f", a round's generation {times['round']:.1f} s" if setting.generates else ""
+        console.print(f"a step {times['step']:.1f} s{generation} at the longest lengths; rate: {times['rate']}")
