@@ -49,7 +49,6 @@ def peak_of(run: Any) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    print("LEFT", live / 2**20)
     return peak
 
 

@@ -11,7 +11,9 @@ from ssgen_ds.config import load_recipe
 from ssgen_ds.distributed import World
 from ssgen_ds.train import fit_and_export
 
-RECIPES = sorted(Path("recipes").glob("*.yaml"))
+EVERY = sorted(Path("recipes").rglob("*.yaml"))
+# The others need a hub and GPUs: they are planned in tests/unit/plan.
+RECIPES = [path for path in EVERY if load_recipe(path).model.path.startswith("package:")]
 SMALL = {
     "data.max_prompt_tokens": 64,
     "data.max_response_tokens": 16,

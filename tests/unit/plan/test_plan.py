@@ -1,0 +1,183 @@
+"""Counts and bytes against hand-worked values, advice, and the recipes for hardware that is not here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ssgen_ds.cli import app
+from ssgen_ds.config import AdapterConfig, load_recipe
+from ssgen_ds.errors import UserError
+from ssgen_ds.plan.memory import GIB, Setting, plan_memory
+from ssgen_ds.plan.run import Hardware, advise, fits, longest_rows, parse_size, plan_recipe
+from ssgen_ds.plan.sizes import Sizes, measure
+from ssgen_ds.plan.timing import Rate, Work, operations_per_token, seconds
+from tests.distributed.recipe_cases import EVERY, RECIPES
+from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
+from tests.support.tiny_runs import tiny_recipe
+
+FOR_GPUS = [path for path in EVERY if path not in RECIPES]
+SIZES = Sizes(
+    parameters=1000, trained=1000, adapter=0, quantizable=600, small=20, largest_unit=300, layers=3, hidden=8,
+    vocabulary=50, activations=700.0, layer_activations=200.0, widest=16, cache=96,
+)  # fmt: skip
+SETTING = Setting(
+    stage=0, ranks=1, element=2, is_mixed=True, adapter_element=2, nf4=False, double=True, moments=8.0,
+    offload_optimizer=False, offload_param=False, checkpointing=False, micro_tokens=10, accumulates=True, labels=4,
+    rows=5, row_tokens=7, strategy="auto", generates=True, reduce_bucket=400, live=500, memory=1e5, overhead=0.0,
+)  # fmt: skip
+
+
+def parts(phase: str, sizes: Sizes = SIZES, **changes) -> dict[str, float]:
+    return plan_memory(sizes, replace(SETTING, **changes)).phases[phase]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_model(family):
+    sizes = measure(tiny_config(family), AdapterConfig(), torch.float32, 100, is_packed=True)
+    model = tiny_model(family)
+    assert sizes.parameters == sizes.trained == sum(p.numel() for p in model.parameters())
+    assert sizes.small == sum(p.numel() for p in model.parameters() if p.numel() < 100)
+    lora = measure(tiny_config(family), AdapterConfig(kind="lora", rank=2), torch.float32, 100, is_packed=False)
+    assert lora.parameters == sizes.parameters
+    assert 0 < lora.trained == lora.adapter < sizes.parameters
+    assert sizes.layer_activations > 0
+
+
+def test_states_by_stage():
+    """1000 parameters in bfloat16: 2000 bytes of weights, 4000 of masters, 8000 of moments, 2000 of gradients."""
+    one = parts("train")
+    assert (one["weights"], one["masters"], one["moments"], one["gradients"]) == (2000, 4000, 8000, 6000)
+    two = {stage: parts("train", stage=stage, ranks=4) for stage in (1, 2, 3)}
+    assert [(p["masters"], p["moments"]) for p in two.values()] == [(1000, 2000)] * 3
+    assert [p["gradients"] for p in two.values()] == [2000, 500, 500]
+    assert [p["bucket"] for p in two.values()] == [0, 1600, 800]  # 400 elements; ZeRO-2 has two
+    assert two[3]["weights"] == (2000 - 40) / 4 + 40
+    assert two[3]["gathered"] == 1000  # 500 of 1000 elements
+    eight = parts("train", moments=2.0 + 8 / 256)
+    assert eight["moments"] == 2031.25
+    plain = parts("train", is_mixed=False, element=4)
+    assert (plain["masters"], plain["gradients"]) == (0, 4000)
+
+
+def test_a_quantised_base():
+    """600 weights at half a byte, a byte of scale for 64 of them and four for 256 of these; the rest as it is."""
+    sizes = replace(SIZES, trained=30, adapter=30)
+    weights = parts("train", sizes, nf4=True)["weights"]
+    assert weights == 400 * 2 + 30 * 2 + 300 + 600 * (1 / 64 + 4 / 64 / 256)
+    assert parts("train", sizes, nf4=True, double=False)["weights"] == 860 + 300 + 600 * 4 / 64
+
+
+def test_offloaded_states_are_on_the_host():
+    plan = plan_memory(SIZES, replace(SETTING, stage=3, ranks=2, offload_optimizer=True, offload_param=True))
+    assert plan.host == {"masters": 2000, "moments": 4000, "gradients": 2000, "weights": (2000 - 40) / 2 + 40}
+    assert plan.phases["optimizer"]["moments"] == 0
+    assert plan.phases["train"]["weights"] == 0
+
+
+def test_activations_and_logits():
+    kept = parts("train")
+    assert kept["activations"] == 7000
+    assert parts("train", checkpointing=True)["activations"] == 10 * (3 * 8 * 2 + 200 + 100)
+    assert kept["logits"] == 4 * 50 * (4 + 8) + 4 * 8 * 2  # four labels, a chunk of all of them
+    first = parts("train", accumulates=False)
+    assert first["gradients"] == 0  # they take the place of activations that are let go
+
+
+def test_generation_takes_what_is_free():
+    """Resident 14000 of 100000 bytes; a row has 7 tokens of 96 bytes; a quarter of what is free goes to the cache."""
+    cache = parts("generate")["cache"]
+    assert cache == 5 * 7 * 96
+    tight = parts("generate", memory=14000 + 4 * 2 * 7 * 96 + 40.0)
+    assert tight["cache"] == 2 * 7 * 96
+    sharded = plan_memory(SIZES, replace(SETTING, stage=3, ranks=4, memory=5000.0))
+    assert (sharded.strategy, sharded.phases["generate"]["gathered"]) == ("sharded", 2 * 300 * 2)
+    gathered = plan_memory(SIZES, replace(SETTING, stage=3, ranks=4))
+    assert (gathered.strategy, gathered.phases["generate"]["gathered"]) == ("gathered", 2000)
+
+
+def test_seconds():
+    """550 parameters beside the embedding's 400: 6 x 600 operations a token and attention's 12 x 3 x 8 x 10."""
+    assert operations_per_token(SIZES, 10.0, False) == 6 * 600 + 12 * 240
+    assert operations_per_token(SIZES, 10.0, True) == 8 * 600 + 16 * 240
+    lora = replace(SIZES, trained=30, adapter=30)
+    assert operations_per_token(lora, 10.0, False) == 4 * 600 + 6 * 30 + 8 * 240
+    work = Work(100, 10.0, 20.0, 8, 0.25, 0, 2, 4, 2, False, 2)
+    found = seconds(SIZES, work, Rate(1e3, 1e3, ""))
+    assert found["step"] == 100 * (6 * 600 + 12 * 240) / 1e3 / 2
+    # 16 sequences in two batches a rank: the prompt, then 5 coins' calls that read 2000 bytes, or 80 tokens' operations
+    assert found["round"] == 2 * (4 * 10 * 1.2 + max(5 * 2.0, 80 * 1.2))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("80GB", 80e9), ("16g", 16 * GIB), ("500 MiB", 500 * 2**20)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(UserError, match="'much' is no size such as 24GiB"):
+        parse_size("much")
+
+
+def commands(path: Path) -> list[str]:
+    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    (found,) = [line for line in lines if line.startswith("ssgen plan ")]
+    return shlex.split(found)[1:]
+
+
+def test_the_recipes_for_gpus_are_counted():
+    names = {path.stem for path in FOR_GPUS}
+    assert names == {"llama8b_lora_24gb", "qwen7b_qlora_12gb", "llama8b_full_8gpu", "llama70b_lora_nodes"}
+
+
+@pytest.mark.parametrize("path", FOR_GPUS, ids=lambda path: path.stem)
+def test_each_recipe_fits_the_hardware_that_it_names(path):
+    """By the command line that its comment gives; and the smallest GPU that its memory would need is not far away."""
+    result = CliRunner().invoke(app, [*commands(path), "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output.strip().splitlines()[-1])
+    assert plan["fits"] and plan["changes"] is None
+    assert plan["seconds"]["step"] > 0
+    assert "shape shipped with ssgen" in plan["model"]
+
+
+def test_what_would_make_it_fit_fits():
+    file = Path("recipes/llama8b_full_8gpu.yaml")
+    for hardware, expected in (
+        (Hardware(2, 1, 80e9, "", False), 1),
+        (Hardware(1, 1, 24 * GIB, "", False), 1),
+    ):
+        plan, _, setting = plan_recipe(load_recipe(file), hardware)
+        assert not fits(plan, setting)
+        changes = advise(file, [], hardware)
+        assert changes is not None and len(changes) >= expected
+        plan, _, setting = plan_recipe(load_recipe(file, changes), hardware)
+        assert fits(plan, setting)
+
+
+def test_a_model_too_large_for_anything_says_so():
+    result = CliRunner().invoke(
+        app, ["plan", "recipes/llama70b_lora_nodes.yaml", "--gpus", "1", "--gpu-memory", "4GiB"]
+    )
+    assert result.exit_code == 1
+    assert "does not fit" in result.output and "more ranks, or a smaller model" in result.output
+
+
+def test_an_unknown_model_names_the_shapes_there_are(tmp_path):
+    recipe = load_recipe("recipes/llama8b_lora_24gb.yaml", ["model.path=./nowhere"])
+    with pytest.raises(UserError, match=r"shapes that `plan` knows without the hub: .*Llama-3\.1-8B-Instruct"):
+        plan_recipe(recipe, Hardware(1, 1, 24 * GIB, "", False))
+
+
+def test_corrections_make_the_longest_sequence(tmp_path):
+    recipe = tiny_recipe(tmp_path, "r", method__name="rac", data__max_prompt_tokens=30, data__max_response_tokens=10)
+    cue = len(recipe.method.rac.correction_cue) // 3 + 8
+    assert longest_rows(recipe) == (30 + 8 + cue + 10, 40)
