@@ -145,7 +145,7 @@ def slurm(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="selfgen", show_default=False)],
+    what: Annotated[str, typer.Argument(help="selfgen or train.", show_default=False)],
     rows: Annotated[str, typer.Option(help="Rows to measure, S1,S2,...; earlier results of the others stay.")] = "",
     model: Annotated[str, typer.Option(help="smollm2, tiny (random weights), or what model.path takes.")] = "smollm2",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
@@ -154,9 +154,15 @@ def bench(
     checkout = Path(__file__).parents[1]
     if not (checkout / "bench" / "__init__.py").is_file():
         raise UserError(f"the benchmarks are not in the installed package: run ssgen from a checkout, not {checkout}")
-    if what != "selfgen":
-        raise UserError(f"no benchmark {what!r}; there is: selfgen")
+    if what not in ("selfgen", "train"):
+        raise UserError(f"no benchmark {what!r}; there are: selfgen, train")
     sys.path.insert(0, str(checkout))
+    if what == "train":
+        from bench.train.run import command as train_command
+
+        if not train_command(rows.split(",") if rows else None, as_json):
+            raise typer.Exit(1)
+        return
     from bench.selfgen.run import command
 
     if not command(model, rows.split(",") if rows else None, as_json):

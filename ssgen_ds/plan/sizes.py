@@ -17,7 +17,7 @@ from ssgen_ds.config import AdapterConfig, Recipe
 from ssgen_ds.errors import UserError
 from ssgen_ds.loss import token_loss
 from ssgen_ds.modeling.adapters import apply_adapter
-from ssgen_ds.modeling.load import load_config, set_leaf_modules
+from ssgen_ds.modeling.load import load_config
 from ssgen_ds.modeling.packed import Layout
 from ssgen_ds.window import Sequence, collate
 
@@ -84,10 +84,10 @@ def measure(
     with init_empty_weights(include_buffers=False):
         model = base if adapter.kind == "none" else apply_adapter(base, adapter, None, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    probe, scale = dtype, 1
-    if set_leaf_modules(base):  # the kernels of experts know no float32 on the meta device
-        probe, scale = torch.bfloat16, dtype.itemsize // 2
-    kept = {depth: scale * _activation_bytes(config, adapter, probe, depth, is_packed) for depth in (1, 2)}
+    try:
+        kept = {depth: _activation_bytes(config, adapter, dtype, depth, is_packed) for depth in (1, 2)}
+    except RuntimeError:  # kernels of experts that do not run without memory: Korthikanti et al., arXiv 2205.05198, 4.1
+        kept = {depth: 17.0 * text.hidden_size * dtype.itemsize * depth for depth in (1, 2)}
     per_layer = kept[2] - kept[1]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads  # family traits
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
