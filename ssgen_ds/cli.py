@@ -70,6 +70,20 @@ def plan(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML); none: the machine alone.")] = None,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Look for what hurts later: versions, compilers, network, SLURM, tokenizer, data. Exit code 2 when it does."""
+    from ssgen_ds.doctor.run import command
+
+    if not command(recipe, overrides or [], strict, as_json):
+        raise typer.Exit(2)
+
+
+@app.command()
 def generate(
     model: ModelPath,
     data: Annotated[str, typer.Option(help="File with prompts, in any of the data formats.")],

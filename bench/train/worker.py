@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
 import sys
 import time
@@ -56,6 +58,10 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from ssgen_ds.ds_config import build_ds_config
     from ssgen_ds.modeling.load import resolve_model_path
 
+    with socket.socket() as probe:  # one rank; DeepSpeed would look for MPI
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     path = resolve_model_path(sizes.model).path
     batches = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     rows = [
@@ -156,7 +162,9 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
     model = load_model(config, AdapterConfig(), {}, device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     calls = {}
-    article = tokenizer("The council said on Monday that the new bridge would be open by spring. " * 200)["input_ids"]
+    xsum = recipe_of(XSUM, sizes, folder / "x").data
+    store = build_store(xsum.train, xsum, chat, folder / "cache")
+    article = [token for number in range(12) for token in store[number].prompt_ids]
     for length in sizes.lengths:
         gold = article[8 : 8 + length]
         coins = (torch.rand(length, generator=generator) < 0.1).tolist()

@@ -26,11 +26,11 @@ def quantization_problems(recipe: Recipe) -> list[str]:
     what = " and ".join(asked)
     if find_spec("bitsandbytes") is None:
         return [f"{what}: the package bitsandbytes is missing; {_INSTALL}"]
-    problem = _native_library_problem()
+    problem = native_library_problem()
     return [f"{what}: {problem}"] if problem else []
 
 
-def _native_library_problem() -> str:
+def native_library_problem() -> str:
     """What is wrong with bitsandbytes' compiled part on this machine; "" when nothing is."""
     try:
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
