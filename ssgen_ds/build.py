@@ -12,7 +12,7 @@ from ssgen_ds.checkpoint import TrainState
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.distributed import World
+from ssgen_ds.distributed import World, keep_freed_memory
 from ssgen_ds.ds_config import build_ds_config, with_fitting_bucket, zero_stage
 from ssgen_ds.errors import UserError
 from ssgen_ds.logbook import Logbook, missing_packages
@@ -144,6 +144,8 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     import deepspeed
 
     recipe, ds_config = foundations.recipe, foundations.ds_config
+    if zero_stage(ds_config) == 3 and world.device.type == "cpu":
+        keep_freed_memory()
     model = world.together(
         lambda: load_model(
             recipe.model, recipe.adapter, ds_config, device=world.device, quantization=recipe.quantization

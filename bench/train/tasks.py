@@ -19,6 +19,7 @@ FIQA = {
     "columns": {"prompt": "question", "completion": "answer"},
     "max_response_tokens": 192,
 }
+TASKS = {"XSum": XSUM, "FiQA": FIQA}
 
 
 def recipe_of(data: dict[str, Any], sizes: Sizes, output: Path, **sections: Any) -> Recipe:

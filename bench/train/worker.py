@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.selfgen.measure import _status, peak_memory
 from bench.train.sizes import Sizes
-from bench.train.tasks import FIQA, XSUM, recipe_of
+from bench.train.tasks import TASKS, XSUM, recipe_of
 
 
 @contextmanager
@@ -108,26 +108,21 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {"tokens_per_second": statistics.median(rates), "peak_bytes": _status("VmHWM") * 1024, "losses": losses}
 
 
-def bss(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Seconds of a step, generation included, of BSS and of SFT on the same examples, by task."""
-    found: dict[str, Any] = {}
-    for task, data in (("XSum", XSUM), ("FiQA", FIQA)):
-        for method in ("sft", "bss"):
-            recipe = recipe_of(
-                data,
-                sizes,
-                folder / f"{task}-{method}",
-                method={"name": method, "bss": {"mix_rate": 0.25, "schedule": "constant"}},
-                train={"max_steps": sizes.bss_steps, "global_batch": sizes.bss_batch, "micro_batch": sizes.batch},
-                selfgen={"refresh_every": max(1, sizes.bss_steps // 2)},
-            )
-            with _trained(recipe):
-                pass
-            rows = _rows(recipe)[sizes.bss_steps // 2 :]  # the second round: the first one measures calls
-            total = sum(row["step_seconds"] + row["selfgen_seconds"] for row in rows)
-            found[f"{task} {method}"] = total / len(rows)
-            found[f"{task} tokens"] = sum(row["num_tokens"] for row in rows) / len(rows) / sizes.bss_batch
-    return found
+def step(sizes: Sizes, folder: Path, task: str, method: str) -> dict[str, Any]:
+    """Seconds of a step, generation included, of one method on one task."""
+    recipe = recipe_of(
+        TASKS[task],
+        sizes,
+        folder / f"{task}-{method}",
+        method={"name": method, "bss": {"mix_rate": 0.25, "schedule": "constant"}},
+        train={"max_steps": sizes.bss_steps, "global_batch": sizes.bss_batch, "micro_batch": sizes.batch},
+        selfgen={"refresh_every": max(1, sizes.bss_steps // 2)},
+    )
+    with _trained(recipe):
+        pass
+    rows = _rows(recipe)[sizes.bss_steps // 2 :]  # the second round: the first one measures calls
+    seconds = sum(row["step_seconds"] + row["selfgen_seconds"] for row in rows) / len(rows)
+    return {"seconds": seconds, "tokens": sum(row["num_tokens"] for row in rows) / len(rows) / sizes.bss_batch}
 
 
 def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -175,13 +170,14 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {"calls": calls, "memory_mib": memory}
 
 
-SIDES = {"ours": ours, "trl": trl, "bss": bss, "growth": growth}
+SIDES = {"ours": ours, "trl": trl, "step": step, "growth": growth}
 
 
 def main(side: str, sizes: str, folder: str, out: str) -> None:
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sizes).items()}
     with redirect_stdout(sys.stderr):
-        found = SIDES[side](replace(Sizes(), **values), Path(folder))
+        name, *arguments = side.split("-")
+        found = SIDES[name](replace(Sizes(), **values), Path(folder), *arguments)
     Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -111,7 +111,7 @@ class Fragments:
 
         state = self.state.setdefault(owner, {})
         counts = isinstance(self._inner, DeepSpeedCPUAdam)
-        state["step"] = max(int(step), state.get("step", 0)) if counts else torch.tensor(step, dtype=torch.float32)
+        state["step"] = max(int(step), state.get("step", 0)) if counts else torch.tensor(step, device=owner.device)
         return state
 
     @torch.no_grad()

@@ -30,13 +30,25 @@ class Layout:
     def to_padded(self, packed_1HND: torch.Tensor) -> torch.Tensor:
         """[1, heads, N, D] -> [B, heads, L, D], zeros where there is no token."""
         _, heads, _, size = packed_1HND.shape
-        flat_SHD = packed_1HND.new_zeros(self.rows * self.width, heads, size)
-        flat_SHD = flat_SHD.index_copy(0, self.slots_N, packed_1HND[0].transpose(0, 1))
+        flat_SHD = _Scatter.apply(packed_1HND[0].transpose(0, 1), self.slots_N, self.rows * self.width)
         return flat_SHD.view(self.rows, self.width, heads, size).transpose(1, 2)
 
     def to_packed(self, padded_BLHD: torch.Tensor) -> torch.Tensor:
         """[B, L, heads, D] -> [1, N, heads, D]."""
         return padded_BLHD.flatten(0, 1).index_select(0, self.slots_N)[None]
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows [N, ...] to their slots of [S, ...]. torch's own index_copy would keep the rows for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, slots_N: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.slots_N = slots_N
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, slots_N, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient.index_select(0, ctx.slots_N), None, None
 
 
 def attention_function(implementation: str, module: torch.nn.Module) -> Any:

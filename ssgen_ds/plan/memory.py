@@ -145,9 +145,8 @@ def _gradients_at_step(sizes: Sizes, s: Setting) -> float:
 
 
 def _step_bytes(sizes: Sizes, s: Setting, shared: int) -> float:
-    """A float32 copy of the rank's gradients, and the update itself (foreach AdamW: one more moment)."""
-    per_parameter = (4.0 if s.stage >= 1 else 0.0) + (4.0 if s.moments == 8.0 else 0.0)
-    return per_parameter * sizes.trained / shared
+    """A float32 copy of the rank's gradients; fused AdamW needs no more."""
+    return (4.0 if s.stage >= 1 else 0.0) * sizes.trained / shared
 
 
 def _activations(sizes: Sizes, s: Setting) -> float:
