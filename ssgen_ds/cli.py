@@ -56,6 +56,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=0, help="Of a node; default: those here. 0: a CPU.")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU: 24GiB, 80GB. Default: that of the one here.")] = "",
+    host_memory: Annotated[str, typer.Option(help="Of a node, for what is offloaded: 256GiB.")] = "",
     card: Annotated[str, typer.Option(help="For the seconds: H200, H100, A100, L40S, 4090, 3090, A10, T4.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def plan(
     """
     from ssgen_ds.plan.run import command, find_hardware
 
-    if not command(recipe, overrides or [], find_hardware(gpus, nodes, gpu_memory), card, as_json):
+    if not command(recipe, overrides or [], find_hardware(gpus, nodes, gpu_memory, host_memory), card, as_json):
         raise typer.Exit(1)
 
 

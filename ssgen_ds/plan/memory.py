@@ -65,6 +65,10 @@ class Plan:
         return sum(self.phases[phase].values())
 
     @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+    @property
     def highest(self) -> float:
         return max(map(self.peak, self.phases))
 

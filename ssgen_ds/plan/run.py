@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -34,6 +34,7 @@ class Hardware:
     memory: float  # bytes of one device
     name: str
     is_here: bool
+    host_memory: float = float("inf")  # bytes of a node; inf when not known
 
     @property
     def ranks(self) -> int:
@@ -50,8 +51,10 @@ def parse_size(text: str) -> float:
     return float(number) * (1024.0 if binary or (unit == "g" and not text.lower().endswith("gb")) else 1000.0) ** power
 
 
-def find_hardware(gpus: int | None, nodes: int, memory: str) -> Hardware:
+def find_hardware(gpus: int | None, nodes: int, memory: str, host_memory: str = "") -> Hardware:
     """As asked for; what is not said is what is here."""
+    import psutil
+
     here = torch.cuda.is_available()
     if gpus is None:
         gpus = torch.cuda.device_count() if here or not memory else 1
@@ -63,10 +66,10 @@ def find_hardware(gpus: int | None, nodes: int, memory: str) -> Hardware:
     elif gpus:
         raise UserError("--gpu-memory: there is no GPU here to ask; say how much one has, for instance 24GiB")
     else:
-        import psutil
-
         size, name = float(psutil.virtual_memory().available), "host memory"
-    return Hardware(gpus, nodes, size, name, (here and gpus > 0) or (not here and gpus == 0))
+    is_here = (here and gpus > 0) or (not here and gpus == 0)
+    available = float(psutil.virtual_memory().available) if is_here else float("inf")
+    return Hardware(gpus, nodes, size, name, is_here, parse_size(host_memory) if host_memory else available)
 
 
 @lru_cache
@@ -157,8 +160,9 @@ def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Plan, Sizes, Settin
     return plan_memory(sizes, setting), sizes, setting
 
 
-def fits(plan: Plan, setting: Setting) -> bool:
-    return plan.highest <= setting.memory
+def fits(plan: Plan, setting: Setting, hardware: Hardware) -> bool:
+    """On every device, and what is offloaded in the memory of a node."""
+    return plan.highest <= setting.memory and plan.host_bytes * max(1, hardware.gpus) <= hardware.host_memory
 
 
 # In the order of what they cost: the first ones change nothing but speed, the last ones what is trained.
@@ -188,7 +192,7 @@ def advise(file: Path, overrides: list[str], hardware: Hardware) -> list[str] | 
                 plan, _, setting = plan_recipe(load_recipe(file, [*overrides, *changes]), hardware)
             except UserError:
                 continue
-            if fits(plan, setting):
+            if fits(plan, setting, hardware):
                 return changes
     return None
 
@@ -227,9 +231,9 @@ def command(file: Path, overrides: list[str], hardware: Hardware, card: str, as_
     recipe = load_recipe(file, overrides)
     _, where = find_config(recipe)
     if card:
-        hardware = Hardware(hardware.gpus, hardware.nodes, hardware.memory, card, False)
+        hardware = replace(hardware, name=card, is_here=False)
     plan, sizes, setting = plan_recipe(recipe, hardware)
-    ok = fits(plan, setting)
+    ok = fits(plan, setting, hardware)
     changes = None if ok else advise(file, overrides, hardware)
     times = timing(recipe, sizes, setting, plan, hardware)
     if as_json_only:

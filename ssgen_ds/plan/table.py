@@ -46,13 +46,17 @@ def show(
     table.add_row("peak", *(f"{plan.peak(phase) / GIB:.2f}" for phase in phases))
     console.print(table)
     if plan.host:
-        console.print(f"host memory of a rank: {sum(plan.host.values()) / GIB:.1f} GiB ({', '.join(plan.host)})")
+        need, there = plan.host_bytes * max(1, hardware.gpus) / GIB, hardware.host_memory / GIB
+        known = f" of {there:.0f} that are there" if there < float("inf") else ""
+        console.print(f"host memory of a node: {need:.0f} GiB{known} ({', '.join(plan.host)})")
     if setting.generates:
         console.print(f"self-generation: {plan.strategy}, {plan.cache_rows} sequences at once")
     if ok:
         console.print(f"[green]fits[/green]: {plan.highest / GIB:.1f} of {setting.memory / GIB:.1f} GiB")
     else:
-        console.print(f"[red]does not fit[/red]: {plan.highest / GIB:.1f} GiB, {setting.memory / GIB:.1f} are there")
+        device = plan.highest > setting.memory
+        what = f"{plan.highest / GIB:.1f} GiB, {setting.memory / GIB:.1f} are there" if device else "the host's memory"
+        console.print(f"[red]does not fit[/red]: {what}")
         if changes is None:
             console.print("none of the usual changes is enough: more ranks, or a smaller model")
         else:

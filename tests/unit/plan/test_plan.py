@@ -156,11 +156,20 @@ def test_what_would_make_it_fit_fits():
         (Hardware(1, 1, 24 * GIB, "", False), 1),
     ):
         plan, _, setting = plan_recipe(load_recipe(file), hardware)
-        assert not fits(plan, setting)
+        assert not fits(plan, setting, hardware)
         changes = advise(file, [], hardware)
         assert changes is not None and len(changes) >= expected
         plan, _, setting = plan_recipe(load_recipe(file, changes), hardware)
-        assert fits(plan, setting)
+        assert fits(plan, setting, hardware)
+
+
+def test_offloading_needs_memory_of_the_host():
+    """8e9 parameters: 12 bytes of states, 4 of gradients and 2 of weights each on the host, of all four ranks of a node."""
+    recipe = load_recipe("recipes/llama8b_full_8gpu.yaml", ["deepspeed=ds_configs/zero3_offload.json"])
+    roomy, tight = (Hardware(4, 1, 40 * GIB, "", False, host) for host in (200 * GIB, 100 * GIB))
+    plan, sizes, setting = plan_recipe(recipe, roomy)
+    assert 4 * plan.host_bytes == pytest.approx(18 * sizes.parameters, rel=1e-3)
+    assert fits(plan, setting, roomy) and not fits(plan, setting, tight)
 
 
 def test_a_model_too_large_for_anything_says_so():
