@@ -164,7 +164,7 @@ def test_what_would_make_it_fit_fits():
 
 
 def test_offloading_needs_memory_of_the_host():
-    """8e9 parameters: 12 bytes of states, 4 of gradients and 2 of weights each on the host, of all four ranks of a node."""
+    """Of each parameter 12 bytes of states, 4 of gradients and 2 of weights, of all four ranks of the node."""
     recipe = load_recipe("recipes/llama8b_full_8gpu.yaml", ["deepspeed=ds_configs/zero3_offload.json"])
     roomy, tight = (Hardware(4, 1, 40 * GIB, "", False, host) for host in (200 * GIB, 100 * GIB))
     plan, sizes, setting = plan_recipe(recipe, roomy)
