@@ -7,6 +7,7 @@ for the backward, and nothing is computed twice.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,13 +21,20 @@ from ssgen_ds.window import MicroBatch, Sequence, collate
 CHUNK_LOGITS = 2**26  # that exist at a time: 256 MiB in float32
 
 
-def token_loss(model: torch.nn.Module, batch: MicroBatch, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
+def token_loss(
+    model: torch.nn.Module,
+    batch: MicroBatch,
+    chunk_logits: int = CHUNK_LOGITS,
+    attention: dict[str, Any] | None = None,
+) -> torch.Tensor:
     """Weighted sum of the negative log-likelihoods of the batch's labels: a scalar in nats, float32.
 
     Args:
         model: a causal LM (or the DeepSpeed engine around it).
         batch: its labels may differ from what the model reads: BSS reads mixed tokens and predicts gold ones.
         chunk_logits: logits to hold at a time.
+        attention: what the caller's `packed_attention` gave. Who goes on to a backward enters it around both: gradient
+            checkpointing computes the layers again there.
     """
     module = getattr(model, "module", model)
     step = max(1, chunk_logits // module.config.get_text_config().vocab_size)
@@ -35,7 +43,8 @@ def token_loss(model: torch.nn.Module, batch: MicroBatch, chunk_logits: int = CH
         rows_NH = hidden_SH.index_select(0, batch.predicting_N)
         return _ChunkedLoss.apply(rows_NH, batch.labels_N, batch.weights_N, head, step, *parameters)
 
-    with instead_of_logits(module, compute) as losses, packed_attention(module, batch.layout) as inputs:
+    own = packed_attention(module, batch.layout) if attention is None else nullcontext(attention)
+    with instead_of_logits(module, compute) as losses, own as inputs:
         # Padding is on the right, so that a causal mask is enough, and kernels that take no other can be used.
         model(input_ids=batch.input_ids_BL, use_cache=False, **inputs)
     return losses[0]

@@ -16,6 +16,7 @@ import torch
 
 from ssgen_ds.distributed import World
 from ssgen_ds.loss import token_loss
+from ssgen_ds.modeling.packed import packed_attention
 from ssgen_ds.window import Window
 
 
@@ -57,15 +58,16 @@ def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
         engine.set_gradient_accumulation_boundary(i == last)
-        with world.phase("forward"):
-            micro_sum = token_loss(engine, batch)
-        weighted_sum += micro_sum.detach()
-        scale = world.size / window.global_weight
-        if i == last:
-            loss = world.sum(weighted_sum.item())[0] / window.global_weight
-            scale = scale if math.isfinite(loss) else math.nan
-        with world.phase("backward"):
-            engine.backward(micro_sum * scale, scale_wrt_gas=False)
+        with packed_attention(engine.module, batch.layout) as attention:
+            with world.phase("forward"):
+                micro_sum = token_loss(engine, batch, attention=attention)
+            weighted_sum += micro_sum.detach()
+            scale = world.size / window.global_weight
+            if i == last:
+                loss = world.sum(weighted_sum.item())[0] / window.global_weight
+                scale = scale if math.isfinite(loss) else math.nan
+            with world.phase("backward"):
+                engine.backward(micro_sum * scale, scale_wrt_gas=False)
     return loss
 
 

@@ -18,6 +18,7 @@ from bench.train.sizes import Sizes
 from ssgen_ds.config import AdapterConfig
 from ssgen_ds.loss import token_loss
 from ssgen_ds.modeling.adapters import apply_adapter
+from ssgen_ds.modeling.packed import packed_attention
 from ssgen_ds.plan.sizes import measure as measure_sizes
 from ssgen_ds.plan.timing import CARDS, operations_per_token
 from ssgen_ds.window import Sequence, collate
@@ -52,7 +53,8 @@ def lora_steps(layers: int, device: str, length: int, rows: int, steps: int, **s
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
-        (token_loss(model, batch) / (rows * length)).backward()
+        with packed_attention(model, batch.layout) as attention:
+            (token_loss(model, batch, attention=attention) / (rows * length)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

@@ -168,8 +168,8 @@ def disk_case(fault: str) -> Case:
 def poisoned(steps: tuple[int, ...], rank: int, world: World) -> Iterator[None]:
     """The loss of one rank is NaN in these (1-based) steps."""
 
-    def loss(*args: Any) -> torch.Tensor:
-        value = token_loss(*args)
+    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        value = token_loss(*args, **kwargs)
         return value * float("nan") if world.rank == rank and world.phases.step in steps else value
 
     with mock.patch("ssgen_ds.step.token_loss", loss):

@@ -1,5 +1,7 @@
 """F6 to F9 and F12 on real ranks: broken files, full disks, NaN and other numbers of ranks."""
 
+import re
+
 import pytest
 
 from tests.distributed.recovery_cases import DAMAGE, RESHARDED
@@ -21,7 +23,7 @@ def after(run_cases, results):
 
 
 NAMED = {
-    "truncated": "shard-00001-of-00002.safetensors: 119636 bytes instead of 119736 (truncated)",
+    "truncated": r"shard-00001-of-00002.safetensors: \d+ bytes instead of \d+ \(truncated\)",
     "flipped": "shard-00000-of-00002.safetensors: its content has changed (SHA-256 differs)",
     "shard-missing": "shard-00001-of-00002.safetensors: missing",
     "marker-empty": "COMPLETE: unreadable",
@@ -36,7 +38,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(results, damage
     """F6; and F8: rank 1 sees no checkpoint at all."""
     result = results["damage"][damage]
     broken, used = result["said"]
-    assert NAMED[damage] in broken
+    assert re.search(NAMED[damage], broken)
     assert "step-00000003 is broken" in broken
     assert used.startswith("going on from") and used.endswith("step-00000002")
     assert result["same"]

@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {"data__packing": True},
     "budget": {"train__micro_batch_tokens": 60},
     "packed-budget": {"data__packing": True, "train__micro_batch": 6, "train__micro_batch_tokens": 100},
+    "packed-checkpointing": {"data__packing": True, "model__gradient_checkpointing": True},
     "auto": {"train__micro_batch": "auto"},
 }
 

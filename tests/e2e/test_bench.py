@@ -58,7 +58,10 @@ def test_all_rows_on_a_tiny_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["selfgen", "--rows", "S1,S9"], "unknown S9"), (["elsewhere"], "no benchmark 'elsewhere'; there is: selfgen")],
+    [
+        (["selfgen", "--rows", "S1,S9"], "unknown S9"),
+        (["elsewhere"], "no benchmark 'elsewhere'; there are: selfgen, train"),
+    ],
 )
 def test_wrong_arguments(arguments: list[str], message: str) -> None:
     finished = run([SSGEN, "bench", *arguments], 60)
