@@ -36,7 +36,10 @@ def preview(recipe: Recipe, number: int) -> None:
         slots = _first_slots(inputs.datasets.plan, number, rate)
         model = None
         if recipe.method.name != "sft":
-            model = world.together(lambda: load_model(recipe.model, recipe.adapter, {}, device=world.device))
+            quantization = recipe.quantization
+            model = world.together(
+                lambda: load_model(recipe.model, recipe.adapter, {}, device=world.device, quantization=quantization)
+            )
         sampler = EngineSampler(model, world, BatchLimit(rows=8))
         generator = RoundGenerator(
             recipe, inputs.chat, inputs.vocab_size, sampler, BlockChooser(1, sampler, inputs.vocab_size)

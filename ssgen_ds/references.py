@@ -83,7 +83,8 @@ def load_reference(reference: Reference, device: torch.device | str) -> Any:
     quantization = None if reference.recipe is None else reference.recipe.quantization
     model = load_model(reference.model, AdapterConfig(), {}, device=device, quantization=quantization)
     if reference.adapter is not None:
-        model = apply_adapter(model, AdapterConfig(kind="lora"), str(reference.adapter), seed=0)
+        adapter = AdapterConfig(kind="lora") if reference.recipe is None else reference.recipe.adapter
+        model = apply_adapter(model, adapter, str(reference.adapter), seed=0)
     if reference.checkpoint is not None:
         model = _with_checkpoint(model, reference)
     return model.to(device).eval()

@@ -49,15 +49,15 @@ def peak_memory() -> Iterator[dict[str, float | None]]:
     result: dict[str, float | None] = {"mib": None}
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
     except OSError:
         yield result
         return
     yield result
-    result["mib"] = round((_status("VmHWM") - before) / 1024, 1)
+    result["mib"] = round((status("VmHWM") - before) / 1024, 1)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A field of /proc/self/status in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

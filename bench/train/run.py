@@ -51,7 +51,7 @@ def side(name: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in dropped}
-    env |= {"PYTHONPATH": str(ROOT), "SSGEN_BENCH": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     arguments = [name, json.dumps(asdict(sizes)), str(folder), str(out)]
     try:
         code = subprocess.run(

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.selfgen.measure import _status, peak_memory
+from bench.selfgen.measure import peak_memory, status
 from bench.train.sizes import Sizes
 from bench.train.tasks import TASKS, XSUM, recipe_of
+from ssgen_ds.logbook import read_rows
 
 
 @contextmanager
@@ -32,8 +33,7 @@ def _trained(recipe: Any) -> Any:
 
 
 def _rows(recipe: Any) -> list[dict[str, Any]]:
-    lines = Path(recipe.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(Path(recipe.output_dir, "metrics.jsonl"))
 
 
 def ours(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def ours(sizes: Sizes, folder: Path) -> dict[str, Any]:
     (folder / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     rows = _rows(recipe)[sizes.warm_up :]
     rate = statistics.median(row["num_tokens"] / row["step_seconds"] for row in rows)
-    return {"tokens_per_second": rate, "peak_bytes": _status("VmHWM") * 1024, "losses": [row["loss"] for row in rows]}
+    return {"tokens_per_second": rate, "peak_bytes": status("VmHWM") * 1024, "losses": [row["loss"] for row in rows]}
 
 
 def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     trainer.train()
     rates = [count / second for count, second in zip(tokens, seconds, strict=True)][sizes.warm_up :]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][sizes.warm_up :]
-    return {"tokens_per_second": statistics.median(rates), "peak_bytes": _status("VmHWM") * 1024, "losses": losses}
+    return {"tokens_per_second": statistics.median(rates), "peak_bytes": status("VmHWM") * 1024, "losses": losses}
 
 
 def step(sizes: Sizes, folder: Path, task: str, method: str) -> dict[str, Any]:

@@ -25,3 +25,15 @@ class Finding:
 def ok(check: str, what: str) -> list[Finding]:
     """All is well."""
     return [Finding("ok", check, what)]
+
+
+def note(check: str, what: str, why: str, fix: str) -> Finding:
+    return Finding("note", check, what, why, fix)
+
+
+def warning(check: str, what: str, why: str, fix: str) -> Finding:
+    return Finding("warning", check, what, why, fix)
+
+
+def error(check: str, what: str, why: str, fix: str) -> Finding:
+    return Finding("error", check, what, why, fix)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ssgen_ds.config import Recipe, load_recipe
 from ssgen_ds.doctor import environment, tokens
-from ssgen_ds.doctor.finding import Finding
+from ssgen_ds.doctor.finding import Finding, error, ok
 from ssgen_ds.errors import UserError
 
 _MARKS = {"ok": "[green]ok[/green]     ", "note": "[cyan]note[/cyan]   ", "warning": "[yellow]warning[/yellow]",
@@ -26,8 +26,8 @@ def examine(file: Path | None, overrides: list[str]) -> list[Finding]:
     if file is not None:
         try:
             recipe = load_recipe(file, overrides)
-        except UserError as error:
-            findings.append(Finding("error", "recipe", str(error), "it would be refused", "mend the keys named"))
+        except UserError as problem:
+            findings.append(error("recipe", str(problem), "it would be refused", "mend the keys named"))
     output = None if recipe is None else recipe.output_dir
     findings += _run("versions", environment.check_versions)
     findings += _run("device", environment.check_device)
@@ -41,11 +41,11 @@ def examine(file: Path | None, overrides: list[str]) -> list[Finding]:
 def _run(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
-    except UserError as error:
-        return [Finding("error", name, str(error), "training would be refused", "as the message says")]
-    except Exception as error:  # one broken check must not hide the others
-        what = f"{type(error).__name__}: {error}"
-        return [Finding("error", name, what, "this check itself failed", "report it with this message")]
+    except UserError as problem:
+        return [error(name, str(problem), "training would be refused", "as the message says")]
+    except Exception as problem:  # one broken check must not hide the others
+        what = f"{type(problem).__name__}: {problem}"
+        return [error(name, what, "this check itself failed", "report it with this message")]
 
 
 def _recipe_findings(recipe: Recipe) -> list[Finding]:
@@ -58,17 +58,13 @@ def _recipe_findings(recipe: Recipe) -> list[Finding]:
     from ssgen_ds.modeling.load import load_config, load_tokenizer, resolve_model_path
     from ssgen_ds.modeling.quantization import quantization_problems
 
-    findings = [
-        Finding("error", "quantization", p, "it would be refused", "as it says") for p in quantization_problems(recipe)
-    ]
-    findings += _run(
-        "deepspeed", lambda: build_ds_config(recipe, 1, "float32") and [Finding("ok", "deepspeed", recipe.deepspeed)]
-    )
+    findings = [error("quantization", p, "it would be refused", "as it says") for p in quantization_problems(recipe)]
+    findings += _run("deepspeed", lambda: build_ds_config(recipe, 1, "float32") and ok("deepspeed", recipe.deepspeed))
     try:
         config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
         chat = ChatFormat(tokenizer, recipe.data, generation_stops(config))
-    except UserError as error:
-        return [*findings, Finding("error", "model", str(error), "nothing could be trained", "as the message says")]
+    except UserError as problem:
+        return [*findings, error("model", str(problem), "nothing could be trained", "as the message says")]
     generation = None
     with suppress(OSError):
         source = resolve_model_path(recipe.model.path, recipe.model.revision)
@@ -85,7 +81,7 @@ def _length_findings(recipe: Recipe, chat: Any, config: Any) -> list[Finding]:
 
     why = "a position beyond the last one that was trained means nothing"
     problems = context_problems(recipe, chat, config)
-    return [Finding("error", "lengths", problem, why, "as it says") for problem in problems]
+    return [error("lengths", problem, why, "as it says") for problem in problems]
 
 
 def command(file: Path | None, overrides: list[str], strict: bool, as_json: bool) -> bool:

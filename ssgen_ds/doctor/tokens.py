@@ -7,7 +7,7 @@ from typing import Any
 from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.doctor.finding import Finding, ok
+from ssgen_ds.doctor.finding import Finding, error, note, ok, warning
 from ssgen_ds.modeling import families
 from ssgen_ds.modeling.convert import cache_root
 
@@ -31,14 +31,13 @@ def check_ends(recipe: Recipe, tokenizer: Any, chat: ChatFormat, config: Any, ge
     if pad is not None and str(pad) == tokenizer.eos_token:
         why = "trainers that mask padding by its id mask every end, too, and the model never stops; here lengths mask"
         findings.append(
-            Finding("note", "ends", f"pad is EOS, {tokenizer.eos_token!r}", why, "nothing to do here; beware elsewhere")
+            note("ends", f"pad is EOS, {tokenizer.eos_token!r}", why, "nothing to do here; beware elsewhere")
         )
     if chat.turn_end_id != eos:
         why = "training ends answers as the template does; other programs stop at the tokenizer's EOS only"
         fix = f"eos_token of tokenizer_config.json = {tokenizer.convert_ids_to_tokens(chat.turn_end_id)!r}"
         findings.append(
-            Finding(
-                "warning",
+            warning(
                 "ends",
                 f"the template ends a turn with {name(chat.turn_end_id)}, the tokenizer's EOS is {name(eos)}",
                 why,
@@ -48,47 +47,51 @@ def check_ends(recipe: Recipe, tokenizer: Any, chat: ChatFormat, config: Any, ge
     if chat.turn_end_id == unknown and unknown != eos:
         why = "the end is spelt by a token that the vocabulary does not have"
         findings.append(
-            Finding(
-                "error",
+            error(
                 "ends",
                 "the template's end of turn is the unknown token",
                 why,
                 "mend the template or the vocabulary",
             )
         )
-    stops = _ids(generation.eos_token_id) if generation is not None else []
+    findings += _stop_findings(chat, generation)
+    width = config.get_text_config().vocab_size
+    if len(tokenizer) > width:
+        why = "ids beyond the embedding crash, or read past it on a GPU"
+        fix = "resize the model's embedding, or take the tokenizer that belongs to it"
+        findings.append(error("ends", f"the tokenizer knows {len(tokenizer)} tokens, the model {width}", why, fix))
+    return findings or ok("ends", f"answers end with {name(chat.turn_end_id)}; stops {list(chat.stop_ids)}")
+
+
+def _stop_findings(chat: ChatFormat, generation: Any) -> list[Finding]:
+    """What generation_config.json, if there is one, stops at."""
+    if generation is None:
+        return []
+    findings = []
+    stops = _ids(generation.eos_token_id)
     if stops and not set(chat.end_ids) & set(stops):
         why = "generation outside would never see the end that was trained"
         fix = f"eos_token_id of generation_config.json = {sorted(chat.end_ids)}"
         findings.append(
-            Finding(
-                "error",
+            error(
                 "ends",
                 f"generation_config stops at {stops}, training ends with {sorted(chat.end_ids)}",
                 why,
                 fix,
             )
         )
-    pad_id = getattr(generation, "pad_token_id", None) if generation is not None else None
+    pad_id = generation.pad_token_id
     if pad_id is not None and pad_id in stops and pad_id not in chat.end_ids:
         why = "a padding token would end answers (transformers#48016)"
         findings.append(
-            Finding(
-                "error",
+            error(
                 "ends",
                 f"generation_config: pad {pad_id} is among its stops {stops}",
                 why,
                 "take it out of eos_token_id",
             )
         )
-    width = config.get_text_config().vocab_size
-    if len(tokenizer) > width:
-        why = "ids beyond the embedding crash, or read past it on a GPU"
-        fix = "resize the model's embedding, or take the tokenizer that belongs to it"
-        findings.append(
-            Finding("error", "ends", f"the tokenizer knows {len(tokenizer)} tokens, the model {width}", why, fix)
-        )
-    return findings or ok("ends", f"answers end with {name(chat.turn_end_id)}; stops {list(chat.stop_ids)}")
+    return findings
 
 
 def _ids(value: Any) -> list[int]:
@@ -113,15 +116,13 @@ def check_prefix(recipe: Recipe, tokenizer: Any, chat: ChatFormat) -> list[Findi
         fix = (
             "nothing to do here; a template whose generation prompt is what stands before an answer mends it elsewhere"
         )
-        findings.append(Finding("warning", "prefix", "the rendered prompt is no prefix of prompt and answer", why, fix))
+        findings.append(warning("prefix", "the rendered prompt is no prefix of prompt and answer", why, fix))
     again = {"role": "user", "content": "Are you sure?"}
     later = render([user, assistant, again], True)
     if assistant["content"] not in later:
         why = "a correction shows the model its first answer: the template drops it"
-        level = "error" if recipe.method.uses_rac else "warning"
-        findings.append(
-            Finding(level, "prefix", "the template hides earlier answers", why, "data.chat_template=your own")
-        )
+        say = error if recipe.method.uses_rac else warning
+        findings.append(say("prefix", "the template hides earlier answers", why, "data.chat_template=your own"))
     return findings or ok("prefix", "the prompt is a prefix of prompt and answer; earlier answers stay")
 
 
@@ -137,31 +138,23 @@ def check_data(recipe: Recipe, chat: ChatFormat) -> list[Finding]:
     if cut > len(sample) // 10:
         why = "a cut answer has no end to learn: the model learns to go on"
         fix = f"data.max_response_tokens higher than {recipe.data.max_response_tokens}, or data.over_length=skip"
-        findings.append(Finding("warning", "data", f"{cut} of {len(sample)} answers are cut", why, fix))
-    empty = sum(len(example.response_ids) <= 1 for example in sample)
-    if empty:
-        level = "error" if empty > len(sample) // 10 else "warning"
-        why = "there is nothing to learn but to stop at once"
-        findings.append(
-            Finding(level, "data", f"{empty} of {len(sample)} answers are empty", why, "data.columns, or mend the rows")
-        )
+        findings.append(warning("data", f"{cut} of {len(sample)} answers are cut", why, fix))
     short = sum(example.prompt_truncated for example in sample)
     if short > len(sample) // 2:
         why = "what is asked stands behind the cut in many templates"
-        findings.append(
-            Finding("note", "data", f"{short} of {len(sample)} prompts are cut", why, "data.max_prompt_tokens higher")
-        )
-    skipped = datasets.summary.get("skipped_rows", 0)
+        findings.append(note("data", f"{short} of {len(sample)} prompts are cut", why, "data.max_prompt_tokens higher"))
+    skipped = datasets.summary["bad_rows"] + datasets.summary["over_length_rows"]
     if skipped:
         findings.append(
-            Finding("note", "data", f"{skipped} rows were left out", "", f"see {datasets.summary['skipped']}")
+            note(
+                "data", f"{skipped} rows were left out", "they are not trained on", f"see {datasets.summary['skipped']}"
+            )
         )
     batch = recipe.train.global_batch
     if len(store) < batch:
         why = "a step would see examples of several passes"
         findings.append(
-            Finding(
-                "warning",
+            warning(
                 "data",
                 f"{len(store)} examples, train.global_batch={batch}",
                 why,

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.packed import attention_function
+from ssgen_ds.modeling.packed import attention_function, attention_replaced, layer_kinds
 from ssgen_ds.modeling.project import project_only
 
 _PACKED = "ssgen_packed"  # name of the attention function while a call runs
@@ -138,21 +137,13 @@ class CachedCausalLM:
             output_BQHD, _ = function(module, query_BHQD, key, value, attention_mask, **kwargs)
             return output_BQHD[slots.rows_N, slots.columns_N][None], None
 
-        ALL_ATTENTION_FUNCTIONS[_PACKED] = attend
-        self.config._attn_implementation = _PACKED
-        try:
+        with attention_replaced(self.config, _PACKED, attend):
             yield
-        finally:
-            self.config._attn_implementation = implementation
-            del ALL_ATTENTION_FUNCTIONS[_PACKED]
 
     def _mask(self, positions_BQ: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Causal by absolute position; one mask for each kind of layer where the model mixes them."""
-        window = getattr(self.config, "sliding_window", None)  # a family trait: most configs lack it
-        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-        masks = {
-            kind: self._causal(positions_BQ, window if kind == "sliding_attention" else None) for kind in sorted(kinds)
-        }
+        kinds, window = layer_kinds(self.config)
+        masks = {kind: self._causal(positions_BQ, window if kind == "sliding_attention" else None) for kind in kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _causal(self, positions_BQ: torch.Tensor, window: int | None) -> torch.Tensor:

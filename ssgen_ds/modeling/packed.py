@@ -7,7 +7,7 @@ out as [B, L]: no sequence can see another, whatever the function does, and plai
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,19 @@ def attention_function(implementation: str, module: torch.nn.Module) -> Any:
 
 
 @contextmanager
+def attention_replaced(config: Any, name: str, function: Callable[..., Any]) -> Iterator[str]:
+    """Inside, a model of this (text) configuration calls `function` in its attention layers; yields what it called."""
+    implementation = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    config._attn_implementation = name
+    try:
+        yield implementation
+    finally:
+        config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
+@contextmanager
 def packed_attention(model: torch.nn.Module, layout: Layout | None) -> Iterator[dict[str, Any]]:
     """Inside, the model's attention works on the rows of the layout; yields what its forward must be called with.
 
@@ -84,13 +97,15 @@ def packed_attention(model: torch.nn.Module, layout: Layout | None) -> Iterator[
         padded, _ = function(module, *map(layout.to_padded, (query, key, value)), mask, **kwargs)
         return layout.to_packed(padded), None
 
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
-    config._attn_implementation = _NAME
-    try:
+    with attention_replaced(config, _NAME, attend):
         yield {"attention_mask": masks, "position_ids": layout.positions_1N}
-    finally:
-        config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+
+
+def layer_kinds(config: Any) -> tuple[list[str], int | None]:
+    """The kinds of attention layers in a (text) configuration, and the window of those that slide."""
+    window = getattr(config, "sliding_window", None)  # family traits: most configurations lack them
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return sorted(set(kinds)), window
 
 
 def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -98,8 +113,7 @@ def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | di
 
     A mask of one element stands for none: sdpa then takes its causal kernels, which need no mask.
     """
-    window = getattr(config, "sliding_window", None)  # a family trait: most configs lack it
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    kinds, window = layer_kinds(config)
     columns_L = torch.arange(layout.width, device=layout.slots_N.device)
 
     def mask(kind: str) -> torch.Tensor:
@@ -112,5 +126,5 @@ def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | di
             return hidden[None, None]
         return seen_LL[None, None] if narrow else seen_LL[None, None, :1, :1]
 
-    masks = {kind: mask(kind) for kind in sorted(kinds)}
+    masks = {kind: mask(kind) for kind in kinds}
     return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -17,9 +17,8 @@ from typing import Any
 
 from ssgen_ds.loss import CHUNK_LOGITS
 from ssgen_ds.plan.sizes import Sizes
-from ssgen_ds.selfgen.strategy import CACHE_SHARE, USABLE
+from ssgen_ds.selfgen.strategy import CACHE_SHARE, MOST_ROWS_CPU, USABLE
 
-GIB = 2.0**30
 PHASES = ("load", "generate", "train", "optimizer")
 
 
@@ -49,7 +48,7 @@ class Setting:
     live: int  # elements that ZeRO-3 may hold whole
     memory: float  # bytes of the device; inf when not known
     overhead: float  # bytes that neither torch nor we allocate: the device's context, fragmentation
-    cheap_calls: bool = False
+    is_cpu: bool = False
 
 
 @dataclass
@@ -200,7 +199,8 @@ def _generation(sizes: Sizes, s: Setting, plan: Plan, resident: float, whole: fl
         parts["gathered"] = dequantised if hold else sizes.largest_unit * s.element / 2
         free -= parts["gathered"]
     row = s.row_tokens * sizes.cache
-    fitting = int(max(1.0, min(s.rows, CACHE_SHARE * max(0.0, free) // row)))
+    most = min(s.rows, MOST_ROWS_CPU) if s.is_cpu and plan.strategy != "sharded" else s.rows
+    fitting = int(max(1.0, min(most, CACHE_SHARE * max(0.0, free) // row)))
     plan.cache_rows = fitting
     parts["cache"] = float(fitting * row)
     # One prompt after another is read in; logits exist for the rows' wanted positions.

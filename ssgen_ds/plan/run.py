@@ -15,10 +15,10 @@ import torch
 from ssgen_ds.config import Recipe, load_recipe
 from ssgen_ds.ds_config import DEFAULT_BUCKET, build_ds_config, offloads_optimizer, zero_stage
 from ssgen_ds.errors import UserError
-from ssgen_ds.plan.memory import GIB, Plan, Setting, as_json, plan_memory
+from ssgen_ds.plan.memory import Plan, Setting, as_json, plan_memory
 from ssgen_ds.plan.sizes import Sizes, find_config, measure
 from ssgen_ds.plan.timing import Rate, Work, measured_rate, published_rate, seconds
-from ssgen_ds.selfgen.strategy import MOST_ROWS
+from ssgen_ds.selfgen.strategy import GIB, MOST_ROWS
 
 _CONTEXT = 1.2 * GIB  # of a CUDA device: the driver, kernels, NCCL's buffers
 _FRAGMENTS = 1.05  # reserved by torch's allocator over what it has handed out
@@ -42,13 +42,12 @@ class Hardware:
 
 
 def parse_size(text: str) -> float:
-    """`24GiB`, `80GB`, `16g` -> bytes. Raises UserError."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    """`24GiB`, `80GB`, `16g` (GiB) -> bytes. Raises UserError."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?b?)\s*", text.lower())
     if not match:
-        raise UserError(f"--gpu-memory: {text!r} is no size such as 24GiB or 80GB")
-    number, unit, binary = match.groups()
-    power = " kmgt".index(unit or " ")
-    return float(number) * (1024.0 if binary or (unit == "g" and not text.lower().endswith("gb")) else 1000.0) ** power
+        raise UserError(f"{text!r} is no size of memory such as 24GiB or 80GB")
+    number, unit, suffix = match.groups()
+    return float(number) * (1000.0 if suffix == "b" else 1024.0) ** " kmgt".index(unit or " ")
 
 
 def find_hardware(gpus: int | None, nodes: int, memory: str, host_memory: str = "") -> Hardware:
@@ -148,6 +147,7 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
         live=int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)),
         memory=hardware.memory / (_FRAGMENTS if is_cuda else 1.0),
         overhead=_CONTEXT if is_cuda else 0.0,
+        is_cpu=not is_cuda,
     ), config
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssgen_ds.config import AdapterConfig, Recipe
 from ssgen_ds.errors import UserError
 from ssgen_ds.loss import token_loss
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.load import load_config
-from ssgen_ds.modeling.packed import Layout
+from ssgen_ds.modeling.packed import Layout, attention_replaced
 from ssgen_ds.window import Sequence, collate
 
 _ATTENTION = "ssgen_plan"
@@ -172,17 +170,8 @@ class _Attention(torch.autograd.Function):
         return output
 
 
-@contextmanager
-def _attention_without_scores(model: Any) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_ATTENTION] = lambda module, q, k, v, mask, **_: (
-        _Attention.apply(q, k, v).transpose(1, 2),
-        None,
-    )
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[_ATTENTION]
+def _attention_without_scores(model: Any) -> AbstractContextManager[str]:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> tuple[torch.Tensor, None]:
+        return _Attention.apply(query, key, value).transpose(1, 2), None
+
+    return attention_replaced(model.config.get_text_config(), _ATTENTION, attend)

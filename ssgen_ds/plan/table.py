@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssgen_ds.plan.memory import GIB, PHASES, Plan, Setting
+from ssgen_ds.plan.memory import PHASES, Plan, Setting
 from ssgen_ds.plan.sizes import Sizes
+from ssgen_ds.selfgen.strategy import GIB
 
 _TITLES = {"load": "loading", "generate": "generating", "train": "forward/backward", "optimizer": "update"}
 
