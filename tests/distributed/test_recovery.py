@@ -24,7 +24,7 @@ def after(run_cases, results):
 
 NAMED = {
     "truncated": r"shard-00001-of-00002.safetensors: \d+ bytes instead of \d+ \(truncated\)",
-    "flipped": "shard-00000-of-00002.safetensors: its content has changed (SHA-256 differs)",
+    "flipped": r"shard-00000-of-00002.safetensors: its content has changed \(SHA-256 differs\)",
     "shard-missing": "shard-00001-of-00002.safetensors: missing",
     "marker-empty": "COMPLETE: unreadable",
     "marker-missing": "COMPLETE: missing, so the checkpoint is not complete",
