@@ -18,6 +18,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,9 +230,10 @@ def load_engine(engine: Any, path: Path, world: World) -> None:
     fragments.publish()
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """Whole float32 weights by name, all that was trained. Raises UserError naming what is broken."""
+@contextmanager
+def open_weights(path: Path) -> Iterator[ShardReader]:
+    """The weights that were trained, to be read one by one. Raises UserError naming what is broken."""
     if problems := problems_of(path):
         raise UserError.from_list(f"{path} cannot be used", problems)
     with ShardReader(sorted(path.glob(_SHARDS))) as reader:
-        return {name: reader.whole(name) for name in reader.shapes}
+        yield reader

@@ -25,6 +25,26 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=Fa
 ModelPath = Annotated[
     str, typer.Option("--model", help="Run folder, checkpoint, adapter, Hugging Face folder or id, or GGUF file.")
 ]
+DataFile = Annotated[str, typer.Option(help="Prompts and references: a file, glob or hub id, in any data format.")]
+Correct = Annotated[int, typer.Option(min=0, help="Correction turns after the first answer, at most.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1)]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0)]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0)]
+Batch = Annotated[str, typer.Option(help="Sequences decoded together on a rank; auto: as many as memory allows.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples.")]
+Prompt = Annotated[str | None, typer.Option(help="Prompt template over the columns; default: the run's.")]
+DeepSpeedFile = Annotated[
+    str | None, typer.Option("--deepspeed", help="DeepSpeed file; with ZeRO-3 the ranks share the model.")
+]
+
+
+def _batch(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch: must be auto or a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 @app.command()
@@ -87,27 +107,26 @@ def doctor(
 @app.command()
 def generate(
     model: ModelPath,
-    data: Annotated[str, typer.Option(help="File with prompts, in any of the data formats.")],
+    data: DataFile,
     out: Annotated[Path, typer.Option(help="JSON lines to write.")],
-    correct: Annotated[int, typer.Option(min=0, help="Correction turns after the first answer.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    correct: Correct = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     seed: int = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Prompt template over the columns; default: the run's.")] = None,
+    batch: Batch = "auto",
+    limit: Limit = None,
+    prompt: Prompt = None,
+    deepspeed: DeepSpeedFile = None,
 ) -> None:
     """Answer every prompt of a file, with optional self-correction."""
-    from ssgen_ds.generate import GenerateSettings
+    from ssgen_ds.evaluate.answers import AnswerSettings
     from ssgen_ds.generate import generate as run
+    from ssgen_ds.inference import InferenceSettings
 
-    run(
-        GenerateSettings(
-            model, data, out, correct, max_new_tokens, temperature, top_k, top_p, seed, batch, limit, prompt
-        )
-    )
+    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed)
+    run(where, AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed, correct), out)
 
 
 @app.command()

@@ -46,11 +46,7 @@ def find_template(name: str) -> Path:
 
 def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]:
     """The full DeepSpeed dictionary for `dtype` float32 or bfloat16 on `world_size` ranks."""
-    path = find_template(recipe.deepspeed)
-    try:
-        template = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
+    template = _read_template(recipe.deepspeed)
     config, problems = merge(template, recipe_values(recipe, world_size, dtype))
     problems += [f"{key}: remove it, the recipe decides: {owner}" for key, owner in _OWNED.items() if key in template]
     stage = zero_stage(config)
@@ -64,6 +60,22 @@ def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, An
     if problems:
         raise UserError.from_list(f"deepspeed: {recipe.deepspeed} contradicts the recipe", problems)
     return config
+
+
+def inference_config(name: str | None, world_size: int) -> dict[str, Any]:
+    """What loading needs of a DeepSpeed file to partition a model that is not trained; {} where each rank holds it."""
+    zero = {} if name is None else _read_template(name).get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return {}
+    offload = {key: value for key, value in zero.items() if key == "offload_param"}
+    return {"train_batch_size": world_size, "zero_optimization": {"stage": 3, **offload}}
+
+
+def _read_template(name: str) -> dict[str, Any]:
+    try:
+        return json.loads(find_template(name).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {name} is not valid JSON: {error}") from None
 
 
 def recipe_values(recipe: Recipe, world_size: int, dtype: str) -> dict[str, Any]:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 import yaml
 
-from ssgen_ds.checkpoint import MARKER, complete_checkpoints, read_weights
+from ssgen_ds.checkpoint import MARKER, complete_checkpoints, open_weights
 from ssgen_ds.config import AdapterConfig, ModelConfig, Recipe, parse_recipe
 from ssgen_ds.data.paths import HUB_ID, PACKAGE_PREFIX
+from ssgen_ds.ds_config import zero_stage
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.export import merge_adapter, save_model
+from ssgen_ds.modeling.gather import assign
 from ssgen_ds.modeling.load import load_model, load_tokenizer, resolve_dtype, resolve_model_path, split_adapter
+from ssgen_ds.modeling.zero3 import partition_rest
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,21 @@ def _read_recipe(run_dir: Path) -> Recipe:
     return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def load_reference(reference: Reference, device: torch.device | str) -> Any:
-    """The model of a reference in eval mode, whole on this device."""
+def load_reference(reference: Reference, device: torch.device | str, ds_config: dict[str, Any] | None = None) -> Any:
+    """The model of a reference in eval mode: whole on this device, or with a `ds_config` of ZeRO stage 3 partitioned.
+
+    All ranks call it together when it is partitioned; none of them then holds the model.
+    """
     quantization = None if reference.recipe is None else reference.recipe.quantization
-    model = load_model(reference.model, AdapterConfig(), {}, device=device, quantization=quantization)
+    model = load_model(reference.model, AdapterConfig(), ds_config or {}, device=device, quantization=quantization)
     if reference.adapter is not None:
         adapter = AdapterConfig(kind="lora") if reference.recipe is None else reference.recipe.adapter
         model = apply_adapter(model, adapter, str(reference.adapter), seed=0)
     if reference.checkpoint is not None:
         model = _with_checkpoint(model, reference)
+    if ds_config and zero_stage(ds_config) == 3:
+        partition_rest(model, ds_config)
+        return model.eval()
     return model.to(device).eval()
 
 
@@ -96,11 +105,12 @@ def _with_checkpoint(model: Any, reference: Reference) -> Any:
     assert recipe is not None and reference.checkpoint is not None
     if recipe.adapter.kind == "lora":
         model = apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
-    state = read_weights(reference.checkpoint)
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if missing := sorted(wanted - state.keys()):
-        raise UserError(f"{reference.checkpoint}: lacks {missing[0]} and {len(missing) - 1} more parameters")
-    model.load_state_dict(state, strict=False)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with open_weights(reference.checkpoint) as weights:
+        if missing := sorted(wanted.keys() - weights.shapes):
+            raise UserError(f"{reference.checkpoint}: lacks {missing[0]} and {len(missing) - 1} more parameters")
+        for name, parameter in wanted.items():
+            assign(parameter, lambda name=name: weights.whole(name))
     return model
 
 

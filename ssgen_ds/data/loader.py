@@ -20,7 +20,9 @@ from ssgen_ds.data.stream import StreamPlan
 from ssgen_ds.data.tokenize import ChatFormat, Example, OverLength
 from ssgen_ds.errors import UserError
 
-__all__ = ["Datasets", "Item", "StepPlan", "StreamPlan", "build_datasets", "read_prompts", "shard_by_length"]
+__all__ = [
+    "Datasets", "Item", "StepPlan", "StreamPlan", "build_datasets", "read_prompts", "read_questions", "shard_by_length",
+]  # fmt: skip
 
 
 @dataclass
@@ -67,14 +69,26 @@ def build_datasets(recipe: Recipe, chat: ChatFormat, cache_dir: Path) -> Dataset
 
 def read_prompts(data: DataConfig, chat: ChatFormat, key: str = "--data") -> list[Example]:
     """The examples of `data.train` in file order, to be answered; a row needs no response (then `reference` is "")."""
-    examples, bad = [], BadRows()
+    return read_questions(data, chat, key)[0]
+
+
+def read_questions(
+    data: DataConfig, chat: ChatFormat, key: str = "--data"
+) -> tuple[list[Example], list[tuple[str, ...]]]:
+    """The examples of `data.train` in file order, to be answered, and the references of each.
+
+    A row needs no response: then `reference` is "" and there are no references. It may have several, as a list.
+    """
+    examples, references, bad = [], [], BadRows()
     for source in data.train:
         make_record = RecordMaker(source, data, key, needs_response=False)
         for where, row in read_rows(source, key):
             try:
                 if isinstance(row, BadRow):
                     raise row
-                examples.append(chat.encode(make_record(where, row)))
+                record = make_record(where, row)
+                examples.append(chat.encode(record))
+                references.append(record.references)
             except OverLength:
                 continue
             except BadRow as problem:
@@ -83,7 +97,7 @@ def read_prompts(data: DataConfig, chat: ChatFormat, key: str = "--data") -> lis
         raise bad.error(key)
     if not examples:
         raise UserError(f"{key}: no prompt to answer in {', '.join(source.path for source in data.train)}")
-    return examples
+    return examples, references
 
 
 def _counts(store: Store) -> dict[str, Any]:

@@ -23,13 +23,15 @@ LISTED_BAD_ROWS = 20
 class Record:
     """`messages`: {"role", "content"} each; the last is the assistant's. `content_hash`: 24 hex digits of it all.
 
-    `id` is the row's own, or `content_hash` where it has none.
+    `id` is the row's own, or `content_hash` where it has none. `references`: of a row that is to be answered, all the
+    responses that count as right; its message has the first of them.
     """
 
     id: str
     messages: list[Message]
     where: str
     content_hash: str
+    references: tuple[str, ...] = ()
 
 
 @dataclass
@@ -99,7 +101,8 @@ class RecordMaker:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         digest = content_hash(messages)
-        return Record(self._id(row) or digest, messages, where, digest)
+        references = self._references(row, messages) if not self.needs_response else ()
+        return Record(self._id(row) or digest, messages, where, digest, references)
 
     def _named_messages(self, row: Row) -> list[Any]:
         columns = self.columns
@@ -123,7 +126,20 @@ class RecordMaker:
         column = self.columns.get("completion", "completion")
         if not self.needs_response and row.get(column) in (None, "", []):
             return []
-        return _as_messages(_column(row, column, "data.columns.completion"), "assistant", "response")
+        value = _column(row, column, "data.columns.completion")
+        if not self.needs_response and _is_texts(value):
+            value = value[0]
+        return _as_messages(value, "assistant", "response")
+
+    def _references(self, row: Row, messages: list[Message]) -> tuple[str, ...]:
+        """All right answers of a row: a list of texts where its response is one, else the response, or none."""
+        value = row.get(self.columns.get("completion", "completion"))
+        if "messages" not in self.columns and _is_texts(value):
+            if any(not text.strip() for text in value):
+                raise BadRow("one of the references is empty")
+            return tuple(_valid_text(text, "a reference") for text in value)
+        response = messages[-1]["content"]
+        return (response,) if response.strip() else ()
 
     def _id(self, row: Row) -> str | None:
         if not self.id_column:
@@ -225,6 +241,10 @@ def _column(row: Row, column: str, key: str) -> Any:
     if value is None:
         raise BadRow(f"column {column!r} is empty")
     return value
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _as_messages(value: Any, role: str, name: str) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,18 @@ def gathered(parameters: list[torch.Tensor]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
         yield
+
+
+def assign(parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
+    """Fill a parameter with what `read` returns; a ZeRO-3 partition is filled by rank 0 alone, and is a collective."""
+    if not is_partitioned(parameter):
+        parameter.data.copy_(read())
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if is_first_rank():
+            parameter.data.copy_(read())
 
 
 def full_state_dict(module: torch.nn.Module, trainable_only: bool = False) -> dict[str, torch.Tensor] | None:

@@ -35,10 +35,10 @@ class Shards:
 
     Args:
         module: the model that DeepSpeed's ZeRO-3 has partitioned (`engine.module`).
-        offload: what holds DeepSpeed's hooks (`engine.optimizer.parameter_offload`).
+        offload: what holds DeepSpeed's hooks (`engine.optimizer.parameter_offload`); None without an engine.
     """
 
-    def __init__(self, module: torch.nn.Module, offload: Any):
+    def __init__(self, module: torch.nn.Module, offload: Any | None):
         self.module = module
         self._offload = offload
         self._units = _units(module)
@@ -166,6 +166,9 @@ class Shards:
     @contextmanager
     def _hooks_aside(self) -> Iterator[None]:
         """DeepSpeed's forward and backward hooks out of the modules, and back in their places afterwards."""
+        if self._offload is None:
+            yield
+            return
         handles = [*self._offload.forward_hooks, *self._offload.backward_hooks, self._offload.fwd_pre_hook]
         places = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
         ids = {handle.id for handle in handles}

@@ -95,6 +95,13 @@ def transformers_partitions(ds_config: dict[str, Any]) -> Iterator[None]:
         del alive
 
 
+def partition_rest(model: torch.nn.Module, ds_config: dict[str, Any]) -> None:
+    """Partition what of the model is still whole, such as an adapter: in training `deepspeed.initialize` does it."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=ds_config)
+
+
 def _build_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers (rotary frequencies are computed when built)."""
     from accelerate import init_empty_weights

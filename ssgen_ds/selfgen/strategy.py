@@ -32,17 +32,41 @@ MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
 def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str], None]) -> EngineSampler:
     """The sampler of a training run, with its strategy and batches; says on rank 0 what was chosen and why."""
     module = engine.module
-    shards = (
-        Shards(module, engine.optimizer.parameter_offload) if any(map(is_partitioned, module.parameters())) else None
-    )
-    free = free_bytes(world) - optimizer_bytes_to_come(engine, world)
-    whole = quantized_base_bytes(module) if recipe.quantization.kind != "none" and shards is None else 0
-    strategy, reason = choose_strategy(recipe.selfgen.strategy, shards, free, world, whole)
-    free -= {GATHERED: shards.total_bytes if shards else 0, DEQUANTIZED: whole}.get(strategy, 0)
-    limit = batch_limit(recipe.selfgen, module, strategy, free, world)
+    shards = Shards(module, engine.optimizer.parameter_offload) if _has_partitions(module) else None
+    reserved = optimizer_bytes_to_come(engine, world)
+    sampler, reason = _choose(module, shards, recipe.selfgen, recipe.quantization.kind != "none", reserved, world)
     if world.is_main and recipe.method.name != "sft":
-        say(f"self-generation: {strategy}: {reason}; up to {limit.rows} sequences at once on a rank")
-    return EngineSampler(module, world, limit, strategy, shards)
+        say(f"self-generation: {sampler.strategy}: {reason}; up to {sampler.limit.rows} sequences at once on a rank")
+    return sampler
+
+
+def inference_sampler(
+    module: torch.nn.Module, selfgen: SelfgenConfig, is_quantized: bool, world: World
+) -> EngineSampler:
+    """The sampler of a model that is not trained, partitioned or whole."""
+    shards = Shards(module, None) if _has_partitions(module) else None
+    sampler, _ = _choose(module, shards, selfgen, is_quantized, 0.0, world)
+    return sampler
+
+
+def _has_partitions(module: torch.nn.Module) -> bool:
+    return any(map(is_partitioned, module.parameters()))
+
+
+def _choose(
+    module: torch.nn.Module,
+    shards: Shards | None,
+    selfgen: SelfgenConfig,
+    is_quantized: bool,
+    reserved: float,
+    world: World,
+) -> tuple[EngineSampler, str]:
+    """A sampler, and the reason for its strategy. `reserved`: free bytes that something else will take."""
+    free = free_bytes(world) - reserved
+    whole = quantized_base_bytes(module) if is_quantized and shards is None else 0
+    strategy, reason = choose_strategy(selfgen.strategy, shards, free, world, whole)
+    free -= {GATHERED: shards.total_bytes if shards else 0, DEQUANTIZED: whole}.get(strategy, 0)
+    return EngineSampler(module, world, batch_limit(selfgen, module, strategy, free, world), strategy, shards), reason
 
 
 def quantized_base_bytes(module: torch.nn.Module) -> int:
