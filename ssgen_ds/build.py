@@ -15,6 +15,7 @@ from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World, keep_freed_memory
 from ssgen_ds.ds_config import build_ds_config, with_fitting_bucket, zero_stage
 from ssgen_ds.errors import UserError
+from ssgen_ds.evaluate.during import TrainingEvaluation
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.loss import check_loss
 from ssgen_ds.micro_batch import choose_packing
@@ -98,7 +99,7 @@ def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
     """Tokenizer, model configuration and data, checked against each other, the same on every rank."""
     tokenizer = world.main_first(lambda: load_tokenizer(recipe.model))
     config = world.together(lambda: load_config(recipe.model))
-    world.together(lambda: families.check(config, recipe.method.name != "sft"))
+    world.together(lambda: families.check(config, recipe.generates))
     chat = world.together(lambda: ChatFormat(tokenizer, recipe.data, generation_stops(config)))
     world.together(lambda: _refuse(context_problems(recipe, chat, config.get_text_config())))
     datasets = world.main_first(lambda: build_datasets(recipe, chat, cache_dir=cache_root() / "data"))
@@ -119,10 +120,23 @@ def generation_stops(config: Any) -> list[int]:
 def context_problems(recipe: Recipe, chat: ChatFormat, config: Any) -> list[str]:
     """Whether the longest sequence that the recipe allows fits the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)  # a family trait: some have no limit
-    longest, what = longest_sequence(recipe, chat)
-    if limit is None or longest <= limit:
-        return []
-    return [f"{what} = {longest} tokens, but the model has {limit} positions; lower data.max_prompt_tokens"]
+    return [
+        f"{what} = {longest} tokens, but the model has {limit} positions; lower data.max_prompt_tokens"
+        for longest, what in (longest_sequence(recipe, chat), _longest_evaluated(recipe, chat))
+        if limit is not None and longest > limit
+    ]
+
+
+def _longest_evaluated(recipe: Recipe, chat: ChatFormat) -> tuple[int, str]:
+    """The most tokens that answering an evaluation example may take, and the sum that this is."""
+    evaluation = recipe.eval
+    if not evaluation.metrics:
+        return 0, ""
+    longest, what = recipe.data.max_prompt_tokens + evaluation.max_new_tokens, "data.max_prompt_tokens + "
+    if not evaluation.correct:
+        return longest, f"{what}eval.max_new_tokens"
+    longest += len(chat.correction_ids(recipe.method.rac.correction_cue)) + evaluation.max_new_tokens
+    return longest, f"{what}2 * eval.max_new_tokens + the correction cue"
 
 
 def longest_sequence(recipe: Recipe, chat: ChatFormat) -> tuple[int, str]:
@@ -163,7 +177,7 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing
     with inference_mode(engine.module):
         world.together(lambda: check_loss(engine.module, recipe.data.packing))
-        if recipe.method.name != "sft":
+        if recipe.generates:
             world.together(lambda: check_cache(engine.module))
     return engine
 
@@ -190,6 +204,7 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
         engine=engine,
         plan=inputs.datasets.plan,
         eval_sequences=[context_sequence(example, None) for example in inputs.datasets.evaluation],
+        evaluation=TrainingEvaluation(recipe, inputs.chat, inputs.vocab_size, inputs.datasets.evaluation, sampler),
         generator=RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks),
         history=History(run_dir, world),
         state=state,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ssgen_ds.distributed import World
 
 MARKER, INDEX, STATE, RECIPE, ROUND = "COMPLETE", "index.json", "state.json", "recipe.yaml", "round.parquet"
+BEST = "best.json"  # in checkpoints/: the step whose evaluation is best
 _PARTIAL, _SHARDS = ".partial-", "shard-*.safetensors"
 
 
@@ -148,7 +149,11 @@ def _publish(
 
 
 def _remove_old(run_dir: Path, keep: int) -> None:
+    best = run_dir / "checkpoints" / BEST
+    spared = checkpoint_dir(run_dir, json.loads(best.read_text("utf-8"))["step"]) if best.is_file() else None
     for old in complete_checkpoints(run_dir)[keep:]:
+        if old == spared:
+            continue
         (old / MARKER).unlink()  # first: a removal that is cut short must not look complete
         shutil.rmtree(old)
 

@@ -170,6 +170,13 @@ class SelfgenConfig(Section):
 class EvalConfig(Section):
     every: Positive | None = None  # optimizer steps; None: at the end only
     max_examples: Positive = 256
+    metrics: list[str] = []  # of generated answers, as `ssgen evaluate --metrics` has them; []: the loss alone
+    max_new_tokens: Positive = 128
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    correct: Annotated[int, Field(ge=0)] = 0  # correction turns after the first answer, at most
+    best: str | None = None  # a metric, or loss: the checkpoint of the step where it is best is kept, too
 
 
 class CheckpointConfig(Section):
@@ -207,6 +214,11 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
     output_dir: str
     resume: str = "auto"  # auto | never | PATH of a checkpoint
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run generates at all: to train on it, or to evaluate."""
+        return self.method.name != "sft" or bool(self.eval.metrics)
 
 
 # Stand-ins for required keys that are missing or faulty, so that the cross-field checks still run on the rest.

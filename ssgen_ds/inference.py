@@ -9,6 +9,8 @@ What `generate`, `evaluate` and `gap` share:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +43,7 @@ class InferenceSettings:
     limit: int | None = None
     batch: int | str = "auto"
     deepspeed: str | None = None
+    reference: str | None = None  # column of the gold answers
 
 
 @dataclass
@@ -67,6 +70,14 @@ class Inference:
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self.config.vocab_size
+
+    @property
+    def prompts_fingerprint(self) -> str:
+        """Hex over ids, tokens and references, in order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for example, references in zip(self.examples, self.references, strict=True):
+            digest.update(json.dumps([example.id, example.prompt_ids, references]).encode())
+        return digest.hexdigest()
 
     def check_lengths(self, max_new_tokens: int, correct: int) -> None:
         """Whether the longest prompt and its answers fit the model's positions. Raises UserError."""
@@ -124,6 +135,8 @@ def data_config(settings: InferenceSettings, trained: DataConfig | None) -> Data
     if settings.prompt is not None:
         columns = {name: column for name, column in (own.columns or {}).items() if name not in ("prompt", "messages")}
         prompt = settings.prompt
+    if settings.reference is not None:
+        columns = {**(columns or {}), "completion": settings.reference}
     source = SourceConfig(path=settings.data, columns=columns, prompt=prompt)
     # Every prompt is answered: none is left out because it, or its reference, would be too long to train on.
     update = {"train": [source], "eval": [], "over_length": "truncate", "on_bad_row": "error", "loss_on": "last"}

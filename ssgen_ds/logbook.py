@@ -75,6 +75,12 @@ class Logbook:
         for sink in self._sinks:
             sink.write(step, scalars)
 
+    def note(self, step: int, numbers: dict[str, float | None]) -> None:
+        """More numbers of a step whose row is written, for what plots them; None is left out."""
+        scalars = {key: value for key, value in numbers.items() if value is not None}
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
     def close(self) -> None:
         self._file.close()
         while self._sinks:

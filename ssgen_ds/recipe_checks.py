@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ssgen_ds.errors import UserError
+
 if TYPE_CHECKING:
     from ssgen_ds.config import Recipe
 
@@ -22,6 +24,7 @@ def cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.eval_fraction: give either data.eval or data.eval_fraction")
     if recipe.eval.every and not (data.eval or data.eval_fraction):
         problems.append("eval.every: nothing to evaluate on; set data.eval or data.eval_fraction")
+    problems += _evaluation_problems(recipe)
     if recipe.model.adapter_path and recipe.adapter.kind == "none":
         problems.append("model.adapter_path: set adapter.kind=lora to train it")
     if recipe.quantization.kind != "none" and recipe.adapter.kind == "none":
@@ -36,4 +39,23 @@ def cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("output_dir: is empty")
     if train.warmup != int(train.warmup) and train.warmup >= 1:
         problems.append("train.warmup: below 1 a share of all steps, from 1 on a whole number of steps")
+    return problems
+
+
+def _evaluation_problems(recipe: Recipe) -> list[str]:
+    from ssgen_ds.evaluate.scorers import metric_names
+
+    evaluation, problems = recipe.eval, []
+    try:
+        names = metric_names(evaluation.metrics, "eval.metrics")
+    except UserError as error:
+        return [str(error)]
+    has_data = bool(recipe.data.eval or recipe.data.eval_fraction)
+    if names and not has_data:
+        problems.append("eval.metrics: nothing to evaluate on; set data.eval or data.eval_fraction")
+    if evaluation.best is not None and not has_data:
+        problems.append("eval.best: nothing to evaluate on; set data.eval or data.eval_fraction")
+    elif evaluation.best not in (None, "loss", *names):
+        there = ", ".join(["loss", *names])
+        problems.append(f"eval.best: {evaluation.best!r} is not measured; there are {there} (see eval.metrics)")
     return problems

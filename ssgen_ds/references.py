@@ -22,6 +22,8 @@ from ssgen_ds.modeling.gather import assign
 from ssgen_ds.modeling.load import load_model, load_tokenizer, resolve_dtype, resolve_model_path, split_adapter
 from ssgen_ds.modeling.zero3 import partition_rest
 
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -79,6 +81,20 @@ def _read_recipe(run_dir: Path) -> Recipe:
     if not file.is_file():
         raise UserError(f"{run_dir}: not a run folder (no recipe.yaml in it)")
     return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def fingerprint(reference: Reference) -> list[str]:
+    """What tells these weights from others without reading them: names, sizes and times of their files."""
+    found = [reference.model.path, str(reference.model.revision), str(reference.model.dtype)]
+    if reference.checkpoint is not None:
+        return [*found, (reference.checkpoint / MARKER).read_text(encoding="utf-8")]
+    for place in (reference.adapter, Path(reference.model.path)):
+        if place is None or not place.exists():
+            continue
+        files = [place] if place.is_file() else sorted(place.glob("*"))
+        weights = [file for file in files if file.suffix in WEIGHT_FILES]
+        found += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights]
+    return found
 
 
 def load_reference(reference: Reference, device: torch.device | str, ds_config: dict[str, Any] | None = None) -> Any:

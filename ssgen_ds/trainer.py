@@ -16,10 +16,12 @@ from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import StepPlan
 from ssgen_ds.distributed import World
 from ssgen_ds.errors import GenerationInterrupted, NonFiniteError, StopRequested
+from ssgen_ds.evaluate.during import TrainingEvaluation
 from ssgen_ds.logbook import Logbook
 from ssgen_ds.progress import Progress
 from ssgen_ds.selfgen.engine_sampler import inference_mode
 from ssgen_ds.selfgen.history import History
+from ssgen_ds.selfgen.log_row import generated_row, round_row
 from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, RoundStats, Slot
 from ssgen_ds.selfgen.samples import describe_records
 from ssgen_ds.selfgen.schedule import mix_rate_at
@@ -37,6 +39,7 @@ class Trainer:
     engine: Any
     plan: StepPlan
     eval_sequences: list[Sequence]
+    evaluation: TrainingEvaluation
     generator: RoundGenerator
     history: History
     state: TrainState
@@ -60,6 +63,7 @@ class Trainer:
         slots: dict[int, list[Slot]] = {}
         records: dict[int, list[Generated]] = {}
         round_stats = RoundStats()
+        self._take_up_evaluation()
         for step in range(self.state.step, self.total_steps):
             if step not in slots:
                 try:
@@ -81,12 +85,14 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.state = replace(self.state, step=step + 1, round=self._round(step))
             self._count_skipped(stats, slots[step])
-            row = self._row(step, stats, window, lr, slots[step], records[step], seconds)
-            row |= self._round_row(round_stats if step == min(slots) else RoundStats(), records)
+            row = self._row(step, stats, window, lr, seconds)
+            row |= generated_row(self.recipe.method, slots[step], records[step])
+            row |= round_row(round_stats if step == min(slots) else RoundStats(), records)
             with self.world.phase("evaluate", step + 1):
                 row |= self._evaluate(step)
             self._log(row)
-            self._save_and_stop(step)
+            is_best = self._evaluate_answers(row.get("eval_loss"))
+            self._save_and_stop(step, is_best)
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -164,38 +170,56 @@ class Trainer:
             loss = evaluation_loss(self.engine, window, self.world)
         return {"eval_loss": loss, "eval_num_tokens": window.num_labels}
 
+    def _take_up_evaluation(self) -> None:
+        """After a resume: forget evaluations of steps to come, and make one that a stop has cut short."""
+        self.evaluation.forget_after(self.state.step)
+        if self._evaluate_answers(None):
+            self.evaluation.publish_best()
+
+    def _evaluate_answers(self, loss: float | None) -> bool:
+        """Answer the evaluation examples where that is due; whether this step is the best so far.
+
+        `loss`: of their gold responses, where it is known already.
+        """
+        step = self.state.step
+        if not self.evaluation.is_due(step, self.total_steps):
+            return False
+
+        def tick(phase: str) -> Any:
+            return lambda done, total: self.progress.generating(self._round(step - 1), done, total, phase)
+
+        with self.world.phase("evaluate", step):
+            try:
+                loss = self.evaluate()["eval_loss"] if loss is None else loss
+                result = self.evaluation.make(step, loss, tick)
+            except GenerationInterrupted:
+                self._stop()
+        is_best = self.evaluation.is_best(step)
+        scores = {name: score["mean"] for name, score in result["scores"].items()}
+        if self.logbook is not None:
+            self.logbook.note(step, {f"eval_{key}": value for key, value in {**scores, **result["behaviour"]}.items()})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self.progress.message(f"step {step}  {shown}{'  (best so far)' * is_best}")
+        return is_best
+
     # -- logging, saving, stopping -------------------------------------------------------------------------------------
 
-    def _row(
-        self,
-        step: int,
-        stats: StepStats,
-        window: Window,
-        lr: float,
-        slots: list[Slot],
-        records: list[Generated],
-        seconds: float,
-    ) -> dict[str, Any]:
-        response_tokens = sum(len(record.gold_ids) for record in records)
-        return (
-            {
-                "step": step + 1,
-                "round": self._round(step),
-                "epoch": self.plan.epoch(step),
-                "loss": stats.loss,
-                "lr": lr,
-                "grad_norm": stats.grad_norm,
-                "skipped_steps": self.state.skipped,
-                "num_tokens": window.num_tokens,
-                "mix_rate": slots[0].mix_rate,
-                "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
-                "step_seconds": seconds,
-                "tokens_per_second": window.num_tokens / seconds,
-            }
-            | self._memory_row()
-            | ({} if not self.recipe.method.uses_rac else _rac_counts(records))
-            | self._checkpoint_row(step)
-        )
+    def _row(self, step: int, stats: StepStats, window: Window, lr: float, seconds: float) -> dict[str, Any]:
+        """Of one step, but for what it was trained on."""
+        return {
+            "step": step + 1,
+            "round": self._round(step),
+            "epoch": self.plan.epoch(step),
+            "loss": stats.loss,
+            "lr": lr,
+            "grad_norm": stats.grad_norm,
+            "skipped_steps": self.state.skipped,
+            "num_tokens": window.num_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": window.num_tokens / seconds,
+            **self._memory_row(),
+            **self._checkpoint_row(step),
+        }
 
     def _memory_row(self) -> dict[str, int]:
         """Peaks of the rank that needed most: so far, and of this step by what was done (0: not done)."""
@@ -210,38 +234,18 @@ class Trainer:
             return {}
         return {"checkpoint_seconds": self.saved.seconds, "checkpoint_bytes": self.saved.nbytes}
 
-    def _round_row(self, stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, Any]:
-        """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
-        passes = [record.bss_passes for group in records.values() for record in group if record.bss_passes]
-        return {
-            "selfgen_passes": sum(passes) / len(passes) if passes else 0.0,
-            "selfgen_seconds": stats.seconds,
-            "selfgen_calls": stats.sampler.calls,
-            "selfgen_token_forwards": stats.sampler.token_forwards,
-            "selfgen_draws": stats.sampler.draws,
-            "selfgen_accepted_length": stats.sampler.accepted_length,
-            "selfgen_first_draws": stats.sampler.first_draws,
-            "selfgen_guess_hits": stats.sampler.first_draws - stats.sampler.misses,
-            "selfgen_flips": stats.sampler.flips,
-            "selfgen_flip_rate": stats.sampler.flip_rate,
-            "selfgen_flip_bound": stats.sampler.flip_bound,
-            "selfgen_ties": stats.sampler.ties,
-            "selfgen_verified": stats.sampler.verified,
-            "selfgen_mismatches": stats.sampler.mismatches,
-            "selfgen_strategy": stats.strategy,
-            "selfgen_block": stats.block,
-        }
-
     def _log(self, row: dict[str, Any]) -> None:
         if self.logbook is not None:
             self.logbook.log(row)
         self.progress.step(row)
 
-    def _save_and_stop(self, step: int) -> None:
+    def _save_and_stop(self, step: int, is_best: bool) -> None:
         every, done = self.recipe.checkpoint.every, step + 1
-        if done == self.total_steps or (every is not None and done % every == 0):
+        if done == self.total_steps or (every is not None and done % every == 0) or is_best:
             with self.world.phase("save", done):
                 self.save()
+        if is_best:
+            self.evaluation.publish_best()
         if self.world.any(self.world.stop.is_set) and done < self.total_steps:
             self._stop()
 
@@ -271,11 +275,3 @@ class Trainer:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of dropout in one optimizer step on one rank: no generator state to save, and none to restore."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little")
-
-
-def _rac_counts(records: list[Generated]) -> dict[str, int]:
-    return {
-        "num_corrections": sum(record.target_ids is not None for record in records),
-        "num_empty_drafts": sum(record.draft_ids == [] for record in records),
-        "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
-    }

@@ -35,7 +35,7 @@ def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str]
     shards = Shards(module, engine.optimizer.parameter_offload) if _has_partitions(module) else None
     reserved = optimizer_bytes_to_come(engine, world)
     sampler, reason = _choose(module, shards, recipe.selfgen, recipe.quantization.kind != "none", reserved, world)
-    if world.is_main and recipe.method.name != "sft":
+    if world.is_main and recipe.generates:
         say(f"self-generation: {sampler.strategy}: {reason}; up to {sampler.limit.rows} sequences at once on a rank")
     return sampler
 

@@ -1,0 +1,67 @@
+"""`ssgen compare A.json B.json`: two evaluations of the same examples, paired."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ssgen_ds.errors import UserError
+from ssgen_ds.evaluate.statistics import difference
+from ssgen_ds.evaluate.summary import Prediction, by_example
+
+
+def compare(before: Path, after: Path) -> dict[str, Any]:
+    """Differences B - A of every score that both have, over the same examples.
+
+    Raises:
+        UserError: not evaluations, or of different examples: a paired comparison would compare unlike things.
+    """
+    results = [_read(before), _read(after)]
+    predictions = [_read_predictions(file, result) for file, result in zip((before, after), results, strict=True)]
+    _refuse_other_examples(before, after, *predictions)
+    names = [name for name in results[0]["scores"] if name in results[1]["scores"]]
+    if not names:
+        raise UserError(f"{before} and {after} have no score in common: evaluate both with the same --metrics")
+    a, b = ({name: by_example(rows, "scores", name) for name in names} for rows in predictions)
+    return {
+        "kind": "comparison",
+        "before": {"file": str(before), "model": results[0]["model"], "settings": results[0]["settings"]},
+        "after": {"file": str(after), "model": results[1]["model"], "settings": results[1]["settings"]},
+        "num_examples": len(a[names[0]]),
+        "before_scores": {name: results[0]["scores"][name] for name in names},
+        "after_scores": {name: results[1]["scores"][name] for name in names},
+        "difference": {name: asdict(difference(a[name], b[name])) for name in names},
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as an evaluation: {error}") from None
+    if not isinstance(result, dict) or result.get("kind") != "evaluation":
+        raise UserError(f"{file}: is no evaluation; give the F.json of `ssgen evaluate --out F.json`")
+    return result
+
+
+def _read_predictions(file: Path, result: dict[str, Any]) -> list[Prediction]:
+    predictions = file.with_name(result["predictions"])
+    try:
+        return [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{predictions}: the predictions of {file} cannot be read: {error}") from None
+
+
+def _refuse_other_examples(before: Path, after: Path, a: list[Prediction], b: list[Prediction]) -> None:
+    keys = [list(dict.fromkeys((one["index"], one["id"], *one["references"]) for one in rows)) for rows in (a, b)]
+    if keys[0] == keys[1]:
+        return
+    if len(keys[0]) != len(keys[1]):
+        raise UserError(f"{before} has {len(keys[0])} examples and {after} {len(keys[1])}: evaluate both on the same")
+    number = next(i for i, pair in enumerate(zip(*keys, strict=True)) if pair[0] != pair[1])
+    raise UserError(
+        f"{before} and {after} have different examples (the first: {keys[0][number][1]} and {keys[1][number][1]}): "
+        "evaluate both on the same data"
+    )

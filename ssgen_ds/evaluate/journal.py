@@ -1,0 +1,86 @@
+"""Answers kept as they come, so that an evaluation that was stopped or killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssgen_ds.distributed import World
+
+
+class Journal:
+    """`.NAME.partial.jsonl` beside the result: what is being evaluated, then one prediction a line. Rank 0 writes.
+
+    Args:
+        out: the result's file.
+        identity: what decides the predictions; a journal of another identity is left behind and begun anew.
+        world: every rank learns how many predictions there are.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
+        self.file = out.with_name(f".{out.stem}.partial.jsonl")
+        self._world = world
+        self._stream: IO[str] | None = None
+        world.together(lambda: self._open(json.dumps(identity, ensure_ascii=False)) if world.is_main else None)
+
+    def _open(self, identity: str) -> None:
+        lines = self._whole_lines()
+        if lines and lines[0] != identity:
+            print(f"{self.file}: answers of another model, other data or settings; starting over", file=sys.stderr)
+            lines = []
+        elif len(lines) > 1:
+            print(f"going on after {len(lines) - 1} answers", file=sys.stderr)
+        # Written anew: a line that was cut by a kill must not stay in the middle.
+        partial = self.file.with_suffix(".new")
+        partial.write_text("".join(f"{line}\n" for line in lines or [identity]), encoding="utf-8")
+        partial.replace(self.file)
+        self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+
+    def _whole_lines(self) -> list[str]:
+        if not self.file.is_file():
+            return []
+        whole = []
+        for line in self.file.read_text(encoding="utf-8").split("\n"):
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            whole.append(line)
+        return whole
+
+    @property
+    def num_rows(self) -> int:
+        """Predictions kept, the same on every rank. All ranks ask together."""
+        return self._world.broadcast(len(self.rows()) if self._world.is_main else 0)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Keep all predictions of one example. Rank 0."""
+        assert self._stream is not None
+        self._stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._stream.flush()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All predictions. Rank 0."""
+        return [json.loads(line) for line in self._whole_lines()[1:]]
+
+    def close_for_good(self) -> None:
+        """The result is written: nothing is left to go on with. Rank 0."""
+        self.file.unlink()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """All or nothing: a reader never finds half a file."""
+    partial = file.with_name(f".partial-{file.name}")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
