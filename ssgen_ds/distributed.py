@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ssgen_ds.config import RecoveryConfig
-from ssgen_ds.errors import EXIT_FAILURE, NonFiniteError, RankLost, StopRequested, UserError
+from ssgen_ds.errors import EXIT_FAILURE, NonFiniteError, RankError, RankLost, StopRequested, UserError
 from ssgen_ds.memory import PeakMemory
 from ssgen_ds.phases import Phases, phases_from_environment
 from ssgen_ds.rendezvous import Place, connect, join
@@ -162,6 +162,9 @@ def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = 
         device = _device(on_gpu, local_rank % max(1, gpus), local_size)
         control = _init_backend(store, place, device, limits.collective_timeout)
         yield World(rank, local_rank, size, device, control, phases, stop, watchdog)
+    except RankError as error:
+        watchdog.fail(f"rank {rank} on {place.host}: {error}")
+        raise
     except (UserError, StopRequested, NonFiniteError, KeyboardInterrupt, SystemExit):
         raise  # all ranks raise it together
     except BaseException as error:

@@ -32,9 +32,10 @@ def choose_packing(engine: Any, recipe: Recipe, longest: int, world: World, say:
         return Packing(int(train.micro_batch), train.micro_batch_tokens, is_packed)
     most = -(-train.global_batch // world.size)
     free = -world.max(-free_bytes(world)) - world.max(optimizer_bytes_to_come(engine, world))
-    one = _bytes_of(engine, 1, longest, is_packed, world)
-    two = _bytes_of(engine, 2, longest, is_packed, world) if most > 1 else one
-    each = max(two - one, 1.0)
+    # What one more takes is told from half a sequence and a whole one: two might not fit where one does.
+    half = _bytes_of(engine, max(2, longest // 2), is_packed, world) if most > 1 else 0.0
+    one = _bytes_of(engine, longest, is_packed, world)
+    each = max(2 * (one - half), 1.0)
     fitting = 1 + int(max(0.0, _USABLE * free - one) // each)
     sizes = f"{one / GIB:.2f} GiB, each more {each / GIB:.2f}; {free / GIB:.2f} are free"
     need = f"a sequence of {longest} tokens takes {sizes}"
@@ -49,15 +50,15 @@ def choose_packing(engine: Any, recipe: Recipe, longest: int, world: World, say:
     return Packing(chosen, train.micro_batch_tokens, is_packed)
 
 
-def _bytes_of(engine: Any, rows: int, length: int, is_packed: bool, world: World) -> float:
-    """What a forward and backward of so many sequences on each rank needs.
+def _bytes_of(engine: Any, length: int, is_packed: bool, world: World) -> float:
+    """What a forward and backward of one sequence on each rank needs.
 
     The weight of their labels is NaN, so that the step is left out like any that is not finite: nothing is left.
     """
     # Every second token has a label: more than most data has, where the prompt has none.
     sequence = Sequence([3] * length, [-100 if i % 2 == 0 else 3 for i in range(length)], weight=math.nan)
-    packing = Packing(rows, None, is_packed)
-    window = build_window([sequence] * rows * world.size, packing, world.rank, world.size, world.device)
+    packing = Packing(1, None, is_packed)
+    window = build_window([sequence] * world.size, packing, world.rank, world.size, world.device)
     measure = _cuda_bytes if world.device.type == "cuda" else _saved_bytes
     was_training = engine.training
     engine.train()

@@ -32,6 +32,12 @@ def test_the_rank_with_the_least_memory_decides_and_none_is_refused_on_all(resul
     assert "model.gradient_checkpointing=true" in result["refused"]
 
 
+def test_a_step_that_does_not_fit_is_one_message_with_what_would(results):
+    message = results["out-of-memory"]
+    assert message.startswith("out of memory in forward: ") and "\n" not in message
+    assert "train.micro_batch" in message and "model.gradient_checkpointing=true" in message
+
+
 def test_peaks_are_logged_by_phase(results):
     rows = results["memory"]
     for row in rows:

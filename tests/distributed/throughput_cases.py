@@ -48,6 +48,13 @@ def auto_case(world: World, folder: Path) -> dict[str, Any]:
     return {"chosen": world.gather(chosen), "refused": refused}
 
 
+def out_of_memory_case(world: World, folder: Path) -> str:
+    """What a run is ended with whose first forward asks for more than there is."""
+    recipe = fresh(folder, "out-of-memory", world, deepspeed="ds_configs/zero2.json")
+    with mock.patch("ssgen_ds.step.token_loss", side_effect=lambda *_, **__: torch.empty(2**50)):
+        return refusal(recipe, world)
+
+
 def memory_case(world: World, folder: Path) -> list[dict[str, Any]]:
     """The rows as they are logged, peaks included."""
     recipe = fresh(folder, "memory", world, method__name="bss", deepspeed="ds_configs/zero2.json")
@@ -58,5 +65,6 @@ def memory_case(world: World, folder: Path) -> list[dict[str, Any]]:
 CASES = {
     **{f"{variant}-{stage}": train_case(variant, stage) for variant in VARIANTS for stage in STAGES},
     "auto": auto_case,
+    "out-of-memory": out_of_memory_case,
     "memory": memory_case,
 }
