@@ -10,7 +10,7 @@ import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.errors import GenerationInterrupted, StopRequested, UserError
@@ -22,30 +22,40 @@ from ssgen_ds.generate import check_out, write_lines
 from ssgen_ds.inference import Inference, InferenceSettings, Ticker, open_inference
 from ssgen_ds.selfgen.engine_sampler import EngineSampler
 
+if TYPE_CHECKING:
+    from ssgen_ds.distributed import World
+
 CHUNK = 4  # batches answered between two writes
 
 
 def evaluate(where: InferenceSettings, how: AnswerSettings, metrics: list[str], out: Path | None) -> None:
-    """Write scores and predictions. Every input is checked before any weight is loaded.
-
-    Raises:
-        UserError: wrong input, or rows without a reference while metrics are asked for.
-        StopRequested: on a signal; the answers so far are kept.
-    """
+    """Join the ranks and evaluate; see `evaluate_in`."""
     from ssgen_ds.distributed import process_group
     from ssgen_ds.signals import stop_on_signals
 
     with stop_on_signals() as stop, process_group(stop=stop) as world:
-        scorer = world.together(lambda: Scorer(metrics))
-        inference = open_inference(where, world)
-        out = world.together(lambda: _out(out, inference))
-        world.together(lambda: _check(inference, how, scorer))
-        began = time.perf_counter()
-        with Journal(out, _identity(inference, how, scorer), world) as journal:
-            _answer_the_rest(inference, how, scorer, journal)
-            if world.is_main:
-                _finish(inference, how, scorer, journal, out, time.perf_counter() - began)
-        inference.say_what_was_cut()
+        evaluate_in(world, where, how, metrics, out)
+
+
+def evaluate_in(
+    world: World, where: InferenceSettings, how: AnswerSettings, metrics: list[str], out: Path | None
+) -> None:
+    """Write scores and predictions. Every input is checked before any weight is loaded.
+
+    Raises, on all ranks together:
+        UserError: wrong input, or rows without a reference while metrics are asked for.
+        StopRequested: on a signal; the answers so far are kept.
+    """
+    scorer = world.together(lambda: Scorer(metrics))
+    inference = open_inference(where, world)
+    file = world.together(lambda: _out(out, inference))
+    world.together(lambda: _check(inference, how, scorer))
+    began = time.perf_counter()
+    with Journal(file, _identity(inference, how, scorer), world) as journal:
+        _answer_the_rest(inference, how, scorer, journal)
+        if world.is_main:
+            _finish(inference, how, scorer, journal, file, time.perf_counter() - began)
+    inference.say_what_was_cut()
 
 
 def _answer_the_rest(inference: Inference, how: AnswerSettings, scorer: Scorer, journal: Journal) -> None:

@@ -119,6 +119,66 @@ def test_a_prompt_of_ones_own_replaces_what_the_run_was_trained_on(
     assert answers(out["template"])[0]["prompt"].startswith("say red cat")
 
 
+def test_evaluate_scores_what_generate_answers_and_compare_pairs_them(runs: Path, tmp_path: Path) -> None:
+    """A run keeps its evaluations; a comparison needs the same examples."""
+    data = runs.parent / "train.jsonl"
+
+    def evaluate(model: str, *options: str) -> list[str]:
+        paths = ["--model", str(runs / model), "--data", str(data), "--max-new-tokens", "8"]
+        return [SSGEN, "evaluate", *paths, "--metrics", "rouge,em", *options]
+
+    lora = tmp_path / "lora.json"
+    results = together(
+        full=evaluate("full"),
+        lora=evaluate("lora", "--out", str(lora), "--correct", "1"),
+        answers=[SSGEN, *generate(runs / "full", data, tmp_path / "full.jsonl")],
+    )
+    assert "26 examples" in results["full"].stdout and "ended by themselves" in results["full"].stdout
+    assert results["full"].stderr == "" and "better" in results["lora"].stdout
+    (full,) = (runs / "full" / "evaluations").glob("*train.json")
+    scores = json.loads(full.read_text())
+    assert scores["kind"] == "evaluation" and scores["correction"] is None
+    rows = answers(full.with_name(f"{full.stem}.predictions.jsonl"))
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in answers(tmp_path / "full.jsonl")]
+    mean = sum(row["scores"]["rougeL"] for row in rows) / 26
+    assert scores["scores"]["rougeL"]["mean"] == pytest.approx(mean)
+    assert scores["scores"]["rougeL"]["low"] <= mean <= scores["scores"]["rougeL"]["high"]
+    assert set(json.loads(lora.read_text())["correction"]["wrong_to_right"]) == set(scores["scores"])
+    compared = run([SSGEN, "compare", str(full), str(lora), "--json"], LIMIT)
+    assert json.loads(compared.stdout)["num_examples"] == 26, compared
+    refused = run([SSGEN, "compare", str(full), str(runs / "full" / "environment.json")], LIMIT)
+    assert refused.returncode == 2 and "is no evaluation" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_evaluate_refuses_what_it_cannot_score_before_weights_load(runs: Path, tmp_path: Path) -> None:
+    broken, bare = tmp_path / "broken", tmp_path / "bare.jsonl"
+    shutil.copytree(runs / "full" / "model", broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    bare.write_text('{"id": "x", "prompt": "red"}\n{"prompt": "red", "completion": "a"}\n', encoding="utf-8")
+    data, out = runs.parent / "train.jsonl", tmp_path / "out.json"
+
+    def evaluate(data: Path, *options: str) -> list[str]:
+        return [SSGEN, "evaluate", "--model", str(broken), "--data", str(data), "--max-new-tokens", "8", *options]
+
+    wrong = {
+        "error: --metrics: unknown metric 'rogue'; did you mean rouge?": evaluate(data, "--metrics", "rogue"),
+        "error: --data: 1 of 2 rows have no reference to score against (the first: x)": evaluate(
+            bare, "--out", str(out)
+        ),
+        "error: --out: name the JSON file to write": evaluate(data),
+        "error: --samples: all greedy answers": evaluate(data, "--out", str(out), "--samples", "2"),
+        "error: --data: the longest prompt with the correction cue has": evaluate(
+            data, "--out", str(out), "--max-new-tokens", "120", "--correct", "1"
+        ),
+    }
+    processes = {message: start([SSGEN, *command[1:]]) for message, command in wrong.items()}
+    for message, process in processes.items():
+        result = finish(process, LIMIT)
+        assert result.returncode == 2, result
+        assert result.stderr.startswith(message) and result.stderr.count("\n") == 1, result
+    assert not out.exists()
+
+
 def test_export_of_adapters_and_models_loads_with_transformers(runs: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

