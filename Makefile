@@ -1,12 +1,13 @@
 # make demo: set up and run the main job on the embedded model and data.   make test: set up and pass the tests.
 # make test-faults: every fault of docs/clusters.md on real ranks.   make slurm: write slurm/*.sbatch anew from their template.
+# make study-smollm2: methods compared on a real model and data, some hours on 2 cores (docs/results-smollm2.md).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-faults slurm lint setup clean
+ lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
@@ -17,6 +18,9 @@ test: setup lint
 
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults tests/cluster
+
+study-smollm2: setup
+	$(BIN)/python -m bench.quality.run
 
 slurm: setup
 	$(BIN)/python -m ssgen_ds.slurm slurm

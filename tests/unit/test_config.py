@@ -65,6 +65,18 @@ def test_all_problems_at_once_cross_field_ones_included():
         assert part in message
 
 
+def test_what_is_evaluated_is_checked_before_anything_loads():
+    """An unknown metric, a best that is not measured, and nothing to evaluate on."""
+    split = {"train": "a.jsonl", "eval_fraction": 0.1}
+    assert "eval.metrics: unknown metric 'roug'" in problems(data=split, eval={"metrics": ["roug"]})
+    message = problems(data=split, eval={"metrics": ["rouge"], "best": "math"})
+    assert "eval.best: 'math' is not measured; there are loss, rouge1, rouge2, rougeL" in message
+    message = problems(eval={"metrics": ["em"], "best": "exact_match"})
+    assert "eval.metrics: nothing to evaluate on" in message and "eval.best: nothing to evaluate on" in message
+    recipe = parse_recipe({**GOOD, "data": split, "eval": {"metrics": ["em", "my.module:metric"], "best": "loss"}})
+    assert recipe.generates and not parse_recipe(GOOD).generates
+
+
 def test_missing_sections_are_all_named():
     with pytest.raises(UserError) as caught:
         parse_recipe({"model": {}, "train": {"max_steps": 1, "epochs": 1}})

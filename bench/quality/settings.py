@@ -1,0 +1,34 @@
+"""The runs of the study, and how much of everything: sized to some hours on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STEPS = 24  # optimizer steps of 8 examples
+LONGER = 60  # steps of the SFT run that the equal-time comparison reads its scores from
+TEST_EXAMPLES = 100
+TEST_SHARE = 0.2  # of the rows, by a hash of their id
+MAX_NEW_TOKENS = 48
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to train. `corrected`: evaluated after one correction turn, too."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    corrected: bool = False
+    steps: int = STEPS
+    checkpoints: tuple[int, ...] = field(default=())  # evaluated besides the last step
+
+
+RUNS = (
+    Run("sft", "SFT", ("method.name=sft",)),
+    Run("bss10", "BSS, mix rate .1", ("method.name=bss", "method.bss.mix_rate=0.1")),
+    Run("bss25", "BSS, mix rate .25", ("method.name=bss", "method.bss.mix_rate=0.25")),
+    Run("rac", "RAC", ("method.name=rac",), corrected=True),
+    Run("bss_rac", "BSS .25 + RAC", ("method.name=bss+rac", "method.bss.mix_rate=0.25"), corrected=True),
+    Run("sft_long", "SFT, longer", ("method.name=sft",), steps=LONGER, checkpoints=(36, 48)),
+)

@@ -1,0 +1,127 @@
+"""Results of the study as one JSON file and a page: means over seeds, and paired differences from SFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.quality.settings import RUNS, STEPS, TEST_EXAMPLES
+from ssgen_ds.evaluate.statistics import difference, interval
+from ssgen_ds.run_folder import package_versions
+
+METRICS = ("rouge1", "rouge2", "rougeL")
+PAGE = Path("docs/results-smollm2.md")
+COMMAND = "make study-smollm2"
+_HEAD = "| model | ROUGE-1 | ROUGE-2 | ROUGE-L, 95 % | against SFT, 95 % | at equal time | s/step | ended |"
+
+
+def write_results(folder: Path) -> None:
+    """bench/results/study-smollm2.json and docs/results-smollm2.md, from what has been measured so far."""
+    measured = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    seeds = sorted({one["seed"] for name, one in measured.items() if name != "base"})
+    rows = [_base(measured, "base", "not finetuned", "scores")] if "base" in measured else []
+    for run in RUNS:
+        if run.name == "sft_long":
+            continue
+        done = [seed for seed in seeds if f"{run.name}-{seed}" in measured]
+        if not done:
+            continue
+        which = [("scores", run.title)]
+        if run.corrected:
+            which = [("first_scores", f"{run.title}, direct"), ("scores", f"{run.title}, corrected")]
+        rows += [_row(measured, run.name, title, scores, done) for scores, title in which]
+    result = {
+        "command": COMMAND,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": package_versions(),
+        "steps": STEPS,
+        "test_examples": TEST_EXAMPLES,
+        "seeds": seeds,
+        "rows": rows,
+    }
+    folder.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    PAGE.write_text(_page(result), encoding="utf-8")
+
+
+def _base(measured: dict[str, Any], name: str, title: str, which: str) -> dict[str, Any]:
+    one = measured[name]
+    return {"title": title, "seeds": [], "behaviour": one["behaviour"]} | {
+        metric: asdict(interval([row[metric] for row in one[which]])) for metric in METRICS
+    }
+
+
+def _row(measured: dict[str, Any], name: str, title: str, which: str, seeds: list[int]) -> dict[str, Any]:
+    """Each example counts once, with its mean over the seeds; so do the differences from SFT."""
+    runs = [measured[f"{name}-{seed}"] for seed in seeds]
+
+    def values(many: list[dict[str, Any]], key: str, metric: str) -> np.ndarray:
+        return np.mean([[row[metric] for row in one[key]] for one in many], axis=0)
+
+    row: dict[str, Any] = {"title": title, "seeds": seeds}
+    row |= {metric: asdict(interval(values(runs, which, metric))) for metric in METRICS}
+    row["by_seed"] = {metric: [float(values([one], which, metric).mean()) for one in runs] for metric in METRICS}
+    row["behaviour"] = {key: float(np.mean([one["behaviour"][key] for one in runs])) for key in runs[0]["behaviour"]}
+    keys = ("num_tokens", "train_seconds", "selfgen_seconds")
+    row |= {key: float(np.mean([one[key] for one in runs])) for key in keys}
+    row["seconds_per_step"] = (row["train_seconds"] + row["selfgen_seconds"]) / runs[0]["steps"]
+    sft = [measured[f"sft-{seed}"] for seed in seeds if f"sft-{seed}" in measured]
+    if name != "sft" and len(sft) == len(seeds):
+        row["against_sft"] = asdict(difference(values(sft, "scores", "rougeL"), values(runs, which, "rougeL")))
+        row["equal_time"] = _equal_time(measured, row, seeds, values(runs, which, "rougeL"))
+    return row
+
+
+def _equal_time(measured: dict[str, Any], row: dict[str, Any], seeds: list[int], own: np.ndarray) -> Any:
+    """Against the SFT that had at least as much time: the first checkpoint of the longer run that took no less."""
+    needed = row["train_seconds"] + row["selfgen_seconds"]
+    names = [f"sft_long-{{}}{end}" for end in ("-step36", "-step48", "")]
+    for name in names:
+        many = [measured[name.format(seed)] for seed in seeds if name.format(seed) in measured]
+        if len(many) == len(seeds) and np.mean([one["train_seconds"] for one in many]) >= needed:
+            scores = np.mean([[one["rougeL"] for one in run["scores"]] for run in many], axis=0)
+            return {"steps": many[0]["steps"], **asdict(difference(scores, own))}
+    return None
+
+
+def _page(result: dict[str, Any]) -> str:
+    lines = [
+        "# SmolLM2-135M-Instruct on XSum",
+        "",
+        f"Made by `{result['command']}` ([figures](../bench/results/study-smollm2.json), the scores of each example in",
+        f"`bench/results/study-smollm2/`). {result['steps']} steps of 8 examples, all weights, float32, on "
+        f"{result['cores']} CPU cores; greedy answers",
+        f"to {result['test_examples']} held-out articles (split by a hash of the id), cut to 96 tokens. Seeds: "
+        f"{', '.join(map(str, result['seeds']))}. *Against SFT* is",
+        "the paired difference in ROUGE-L at equal steps, *at equal time* that from an SFT run that was given at least",
+        "as many seconds, generation included. Intervals cover the choice of articles, not of the seed.",
+        "",
+        _HEAD,
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        score = row["rougeL"]
+        cells = [
+            row["title"],
+            f"{row['rouge1']['mean']:.3f}",
+            f"{row['rouge2']['mean']:.3f}",
+            f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
+            _difference(row.get("against_sft")),
+            _difference(row.get("equal_time")),
+            f"{row['seconds_per_step']:.1f}" if "seconds_per_step" in row else "",
+            f"{row['behaviour']['eos_rate']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(found: dict[str, float] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
