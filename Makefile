@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
- lint setup clean
+.PHONY: demo test test-faults study-smollm2 slurm lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
