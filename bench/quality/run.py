@@ -107,7 +107,9 @@ def evaluate(place: str, model: str, facts: dict[str, Any], corrected: bool) -> 
 
 def ssgen(*arguments: str) -> None:
     print("ssgen", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "ssgen_ds", *arguments], check=True)
+    code = subprocess.run([sys.executable, "-m", "ssgen_ds", *arguments]).returncode
+    if code:
+        sys.exit(code)  # it has said why; 75: stopped, the same command goes on
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ssgen_ds.selfgen.engine_sampler import EngineSampler
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
 
-CHUNK = 4  # batches answered between two writes
+CHUNK = 2  # batches answered between two writes
 
 
 def evaluate(where: InferenceSettings, how: AnswerSettings, metrics: list[str], out: Path | None) -> None:
