@@ -13,7 +13,13 @@ from ssgen_ds.config import Recipe
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World, keep_freed_memory
-from ssgen_ds.ds_config import build_ds_config, with_fitting_bucket, zero_stage
+from ssgen_ds.ds_config import (
+    build_ds_config,
+    offloads_optimizer,
+    offloads_parameters,
+    with_fitting_bucket,
+    zero_stage,
+)
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.during import TrainingEvaluation
 from ssgen_ds.logbook import Logbook, missing_packages
@@ -26,7 +32,8 @@ from ssgen_ds.modeling.convert import cache_root
 from ssgen_ds.modeling.gather import full_shape
 from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype
 from ssgen_ds.modeling.optimizer import build_optimizer
-from ssgen_ds.modeling.quantization import quantization_problems
+from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
+from ssgen_ds.plan.run import offload_problems
 from ssgen_ds.progress import Progress
 from ssgen_ds.recovery import check_resumable, choose_checkpoint, find_checkpoints
 from ssgen_ds.selfgen.block import BlockChooser
@@ -34,7 +41,7 @@ from ssgen_ds.selfgen.bss import context_sequence
 from ssgen_ds.selfgen.engine_sampler import inference_mode
 from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
-from ssgen_ds.selfgen.strategy import build_sampler
+from ssgen_ds.selfgen.strategy import build_sampler, host_bytes
 from ssgen_ds.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -71,7 +78,12 @@ def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
     dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
     ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
     world.together(lambda: _refuse(missing_packages(recipe.log) + quantization_problems(recipe)))
+    if world.is_main and (slow := slow_quantization(recipe, world.device.type)):
+        log.warning(slow)
     inputs = prepare_inputs(recipe, world)
+    if offloads_optimizer(ds_config) or offloads_parameters(ds_config):
+        free = host_bytes(world)
+        world.together(lambda: _refuse(offload_problems(recipe, dtype, world.size, free)))
     fingerprints = inputs.datasets.fingerprint, inputs.chat.fingerprint()
     state = TrainState(0, 0, *fingerprints, world.size, zero_stage(ds_config), run_folder.package_versions())
     checkpoint_path, state = _starting_point(recipe, state, world)
@@ -100,6 +112,8 @@ def prepare_inputs(recipe: Recipe, world: World) -> Inputs:
     tokenizer = world.main_first(lambda: load_tokenizer(recipe.model))
     config = world.together(lambda: load_config(recipe.model))
     world.together(lambda: families.check(config, recipe.generates))
+    if recipe.data.packing:
+        world.together(lambda: families.check_packing(config))
     chat = world.together(lambda: ChatFormat(tokenizer, recipe.data, generation_stops(config)))
     world.together(lambda: _refuse(context_problems(recipe, chat, config.get_text_config())))
     datasets = world.main_first(lambda: build_datasets(recipe, chat, cache_dir=cache_root() / "data"))

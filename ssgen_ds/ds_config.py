@@ -125,6 +125,11 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
+def offloads_parameters(config: dict[str, Any]) -> bool:
+    """Whether weights live in host memory, and come to the GPU layer by layer."""
+    return (config.get("zero_optimization", {}).get("offload_param") or {}).get("device", "none") != "none"
+
+
 def with_fitting_bucket(config: dict[str, Any], trained: int) -> dict[str, Any]:
     """The dictionary with `reduce_bucket_size` at most the number of trained parameters.
 

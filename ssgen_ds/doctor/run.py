@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ssgen_ds.config import Recipe, load_recipe
 from ssgen_ds.doctor import environment, tokens
-from ssgen_ds.doctor.finding import Finding, error, ok
+from ssgen_ds.doctor.finding import Finding, error, ok, warning
 from ssgen_ds.errors import UserError
 
 _MARKS = {"ok": "[green]ok[/green]     ", "note": "[cyan]note[/cyan]   ", "warning": "[yellow]warning[/yellow]",
@@ -56,9 +57,11 @@ def _recipe_findings(recipe: Recipe) -> list[Finding]:
     from ssgen_ds.data.tokenize import ChatFormat
     from ssgen_ds.ds_config import build_ds_config
     from ssgen_ds.modeling.load import load_config, load_tokenizer, resolve_model_path
-    from ssgen_ds.modeling.quantization import quantization_problems
+    from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
 
     findings = [error("quantization", p, "it would be refused", "as it says") for p in quantization_problems(recipe)]
+    if slow := slow_quantization(recipe, "cuda" if torch.cuda.is_available() else "cpu"):
+        findings.append(warning("quantization", slow, "nf4 saves memory; only a GPU makes it fast", "as it says"))
     findings += _run("deepspeed", lambda: build_ds_config(recipe, 1, "float32") and ok("deepspeed", recipe.deepspeed))
     try:
         config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)

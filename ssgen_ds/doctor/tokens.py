@@ -16,7 +16,9 @@ _SAMPLE = 200  # examples looked at
 
 def check_model(recipe: Recipe, config: Any) -> list[Finding]:
     """The family; UserError from `families` becomes a finding by the runner."""
-    families.check(config, uses_selfgen=recipe.method.name != "sft")
+    families.check(config, uses_selfgen=recipe.generates)
+    if recipe.data.packing:
+        families.check_packing(config)
     return ok("model", f"{config.model_type}, {config.get_text_config().vocab_size} logits")
 
 

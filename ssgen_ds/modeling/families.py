@@ -48,6 +48,21 @@ def check(config: PreTrainedConfig, uses_selfgen: bool) -> None:
         raise UserError.from_list(f"model.path: models of type {config.model_type} are not supported here", reasons)
 
 
+def check_packing(config: PreTrainedConfig) -> None:
+    """Refuse `data.packing` where the attention cannot be replaced, so that packed sequences would see each other.
+
+    Code that comes with a model is judged when it has been loaded, by `loss.check_loss`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if architecture is not None and not architecture._supports_attention_backend:
+        raise UserError(
+            f"data.packing: models of type {config.model_type} cannot train on packed sequences: they have an "
+            "attention of their own, in which the sequences would see each other; set data.packing=false"
+        )
+
+
 def _not_causal(config: PreTrainedConfig) -> list[str]:
     """Why the model is no causal language model over text alone."""
     # Composite configurations keep their parts in attributes that plain ones do not have.

@@ -30,6 +30,16 @@ def quantization_problems(recipe: Recipe) -> list[str]:
     return [f"{what}: {problem}"] if problem else []
 
 
+def slow_quantization(recipe: Recipe, device: str) -> str:
+    """What to expect where bitsandbytes has only its CPU kernels; "" where there is a GPU or nothing to quantise."""
+    if recipe.quantization.kind == "none" or device != "cpu":
+        return ""
+    return (
+        f"quantization.kind={recipe.quantization.kind} without CUDA: it trains on bitsandbytes' CPU kernels, slower "
+        "than without quantisation; install a torch that is built for this machine's GPU, or set quantization.kind=none"
+    )
+
+
 def native_library_problem() -> str:
     """What is wrong with bitsandbytes' compiled part on this machine; "" when nothing is."""
     try:

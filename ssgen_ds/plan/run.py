@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ssgen_ds.config import Recipe, load_recipe
-from ssgen_ds.ds_config import DEFAULT_BUCKET, build_ds_config, offloads_optimizer, zero_stage
+from ssgen_ds.ds_config import DEFAULT_BUCKET, build_ds_config, offloads_optimizer, offloads_parameters, zero_stage
 from ssgen_ds.errors import UserError
+from ssgen_ds.modeling import families
 from ssgen_ds.plan.memory import Plan, Setting, as_json, plan_memory
 from ssgen_ds.plan.sizes import Sizes, find_config, measure
 from ssgen_ds.plan.timing import Rate, Work, measured_rate, published_rate, seconds
@@ -134,7 +135,7 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
         double=recipe.quantization.double,
         moments=8.0 if recipe.train.optimizer == "adamw" else 2.0 + 8.0 / 256,
         offload_optimizer=offloads_optimizer(config),
-        offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+        offload_param=offloads_parameters(config),
         checkpointing=recipe.model.gradient_checkpointing,
         micro_tokens=tokens,
         accumulates=share > micro or recipe.train.micro_batch_tokens is not None,
@@ -142,7 +143,7 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
         rows=min(rows, per_round),
         row_tokens=row,
         strategy=recipe.selfgen.strategy,
-        generates=recipe.method.name != "sft",
+        generates=recipe.generates,
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
         live=int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)),
         memory=hardware.memory / (_FRAGMENTS if is_cuda else 1.0),
@@ -163,6 +164,23 @@ def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Plan, Sizes, Settin
 def fits(plan: Plan, setting: Setting, hardware: Hardware) -> bool:
     """On every device, and what is offloaded in the memory of a node."""
     return plan.highest <= setting.memory and plan.host_bytes * max(1, hardware.gpus) <= hardware.host_memory
+
+
+def offload_problems(recipe: Recipe, dtype: str, ranks: int, free: float) -> list[str]:
+    """Whether a host holds what is offloaded to it, told before any weight is read.
+
+    Args:
+        free: bytes of the host that are left for each of its ranks.
+    """
+    setting, config = setting_of(recipe, Hardware(0, ranks, free, "", False), dtype)
+    persistence = config["zero_optimization"].get("stage3_param_persistence_threshold", _DEFAULT_PERSISTENCE)
+    need = plan_memory(sizes_of(recipe, dtype, int(persistence)), setting).host_bytes
+    if need <= free:
+        return []
+    return [
+        f"deepspeed: {recipe.deepspeed} keeps {need / GIB:.3g} GiB of each rank in its host's memory, of which "
+        f"{free / GIB:.3g} GiB a rank are free; use more nodes, adapter.kind=lora, or deepspeed=ds_configs/zero3.json"
+    ]
 
 
 # In the order of what they cost: the first ones change nothing but speed, the last ones what is trained.
@@ -229,7 +247,10 @@ def timing(recipe: Recipe, sizes: Sizes, setting: Setting, plan: Plan, hardware:
 def command(file: Path, overrides: list[str], hardware: Hardware, card: str, as_json_only: bool) -> bool:
     """Print the plan; whether the recipe fits."""
     recipe = load_recipe(file, overrides)
-    _, where = find_config(recipe)
+    config, where = find_config(recipe)
+    families.check(config, recipe.generates)
+    if recipe.data.packing:
+        families.check_packing(config)
     if card:
         hardware = replace(hardware, name=card, is_here=False)
     plan, sizes, setting = plan_recipe(recipe, hardware)

@@ -126,6 +126,11 @@ def free_bytes(world: World) -> float:
         free, _ = torch.cuda.mem_get_info(world.device)
         reusable = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
         return float(free + reusable)
+    return host_bytes(world)
+
+
+def host_bytes(world: World) -> float:
+    """This rank's part of what is free of its host's memory and control group. All ranks call it."""
     hosts = world.gather(socket.gethostname())
     available = min(float(psutil.virtual_memory().available), _control_group_headroom())
     return available / hosts.count(socket.gethostname())

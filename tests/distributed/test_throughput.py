@@ -38,6 +38,11 @@ def test_a_step_that_does_not_fit_is_one_message_with_what_would(results):
     assert "train.micro_batch" in message and "model.gradient_checkpointing=true" in message
 
 
+def test_offloading_without_memory_is_refused_before_weights_load(results):
+    assert results["offload"]["refused"].startswith("deepspeed: ds_configs/zero3_offload.json keeps ")
+    assert not results["offload"]["loaded"]
+
+
 def test_peaks_are_logged_by_phase(results):
     rows = results["memory"]
     for row in rows:

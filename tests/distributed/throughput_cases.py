@@ -48,6 +48,17 @@ def auto_case(world: World, folder: Path) -> dict[str, Any]:
     return {"chosen": world.gather(chosen), "refused": refused}
 
 
+def offload_case(world: World, folder: Path) -> dict[str, Any]:
+    """What a run is refused with whose second rank has no host memory for what is offloaded; nothing is loaded."""
+    settings = {"deepspeed": "ds_configs/zero3_offload.json"}
+    with (
+        mock.patch("ssgen_ds.build.host_bytes", return_value=1e4 if world.rank else 1e12),
+        mock.patch("ssgen_ds.build.load_model") as load,
+    ):
+        message = refusal(fresh(folder, "offload-refused", world, **settings), world)
+    return {"refused": message, "loaded": load.called}
+
+
 def out_of_memory_case(world: World, folder: Path) -> str:
     """What a run is ended with whose first forward asks for more than there is."""
     recipe = fresh(folder, "out-of-memory", world, deepspeed="ds_configs/zero2.json")
@@ -65,6 +76,7 @@ def memory_case(world: World, folder: Path) -> list[dict[str, Any]]:
 CASES = {
     **{f"{variant}-{stage}": train_case(variant, stage) for variant in VARIANTS for stage in STAGES},
     "auto": auto_case,
+    "offload": offload_case,
     "out-of-memory": out_of_memory_case,
     "memory": memory_case,
 }

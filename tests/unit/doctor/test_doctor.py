@@ -234,6 +234,13 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
     assert finding.level == "error" and "ZeroDivisionError" in finding.what
 
 
+def test_a_quantised_base_without_cuda(model, tmp_path, monkeypatch):
+    file = write_recipe(tmp_path, adapter="{kind: lora}", quantization="{kind: nf4}")
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    ((level, what, _),) = found(file, "quantization")
+    assert level == "warning" and "nf4 without CUDA" in what
+
+
 def test_bitsandbytes_that_did_not_load(monkeypatch):
     cextension = sys.modules["bitsandbytes.cextension"]
     monkeypatch.setattr(cextension, "lib", object.__new__(cextension.ErrorHandlerMockBNBNativeLibrary))

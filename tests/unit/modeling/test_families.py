@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.families import check
+from ssgen_ds.modeling.families import check, check_packing
 
 WORKING = [
     "llama",
@@ -84,3 +84,14 @@ def test_an_unknown_family_is_judged_by_its_layers():
 def test_a_decoder_made_of_an_encoder_passes():
     check(AutoConfig.for_model("bert", is_decoder=True), uses_selfgen=False)
     check(GPT2Config(), uses_selfgen=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "cohere", "mixtral"])
+def test_families_whose_attention_can_be_replaced_pack(family):
+    check_packing(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo", "gptj", "falcon", "mpt"])
+def test_an_attention_of_its_own_is_refused_for_packing_before_weights_load(family):
+    with pytest.raises(UserError, match=rf"^data.packing: models of type {family} cannot .*; set data.packing=false$"):
+        check_packing(AutoConfig.for_model(family))

@@ -17,7 +17,7 @@ from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.export import merge_adapter, save_model
 from ssgen_ds.modeling.load import load_model, load_tokenizer
 from ssgen_ds.modeling.nf4 import Nf4Linear, dequantized, dequantized_bytes, nf4_layers
-from ssgen_ds.modeling.quantization import quantization_problems
+from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
 from tests.support.tiny_models import save_tiny_model
 
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
@@ -139,6 +139,13 @@ def test_a_missing_package_is_named_with_what_asked_for_it(monkeypatch):
     assert problem.startswith("quantization.kind=nf4 and train.optimizer=paged_adamw_8bit: the package bitsandbytes")
     assert "pip install 'ssgen-ds[qlora]'" in problem
     assert quantization_problems(recipe_of()) == []
+
+
+def test_a_quantised_base_without_cuda_is_told_of_beforehand():
+    asks = recipe_of(adapter={"kind": "lora"}, quantization={"kind": "nf4"})
+    assert slow_quantization(asks, "cpu").startswith("quantization.kind=nf4 without CUDA: ")
+    assert "install a torch that is built for this machine's GPU" in slow_quantization(asks, "cpu")
+    assert slow_quantization(asks, "cuda") == slow_quantization(recipe_of(), "cpu") == ""
 
 
 def test_a_native_library_that_did_not_load_is_told(monkeypatch):

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig
 from typer.testing import CliRunner
 
 from ssgen_ds.cli import app
 from ssgen_ds.config import AdapterConfig, load_recipe
 from ssgen_ds.errors import UserError
 from ssgen_ds.plan.memory import Setting, plan_memory
-from ssgen_ds.plan.run import Hardware, advise, fits, longest_rows, parse_size, plan_recipe
+from ssgen_ds.plan.run import Hardware, advise, fits, longest_rows, offload_problems, parse_size, plan_recipe
 from ssgen_ds.plan.sizes import Sizes, measure
 from ssgen_ds.plan.timing import Rate, Work, operations_per_token, seconds
 from ssgen_ds.selfgen.strategy import GIB
 from tests.distributed.recipe_cases import EVERY, RECIPES
-from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
+from tests.support.tiny_models import FAMILIES, save_tiny_model, tiny_config, tiny_model
 from tests.support.tiny_runs import tiny_recipe
 
 FOR_GPUS = [path for path in EVERY if path not in RECIPES]
@@ -180,6 +181,24 @@ def test_offloading_needs_memory_of_the_host():
     plan, sizes, setting = plan_recipe(recipe, roomy)
     assert 4 * plan.host_bytes == pytest.approx(18 * sizes.parameters, rel=1e-3)
     assert fits(plan, setting, roomy) and not fits(plan, setting, tight)
+
+
+def test_offloading_without_memory_is_refused_with_what_would_help():
+    """8.03e9 parameters: 18 bytes of each are shared by eight ranks."""
+    recipe = load_recipe("recipes/llama8b_full_8gpu.yaml", ["deepspeed=ds_configs/zero3_offload.json"])
+    assert offload_problems(recipe, "bfloat16", 8, 20 * GIB) == []
+    (problem,) = offload_problems(recipe, "bfloat16", 8, 10 * GIB)
+    assert problem.startswith("deepspeed: ds_configs/zero3_offload.json keeps 16.8 GiB of each rank in its host's")
+    assert "10 GiB a rank are free" in problem and "adapter.kind=lora" in problem
+
+
+def test_a_family_that_cannot_pack_is_refused_here_too(tmp_path):
+    save_tiny_model("llama", tmp_path / "model")
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path / "model")
+    arguments = ["plan", "recipes/llama8b_lora_24gb.yaml", f"model.path={tmp_path / 'model'}", "method.name=sft"]
+    result = CliRunner().invoke(app, [*arguments, "--gpus", "1", "--gpu-memory", "24GiB"])
+    assert isinstance(result.exception, UserError)
+    assert "data.packing: models of type bloom cannot" in str(result.exception)
 
 
 def test_a_model_too_large_for_anything_says_so():
