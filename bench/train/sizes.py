@@ -32,5 +32,11 @@ class Sizes:
     bss_steps: int = 4
     lengths: tuple[int, ...] = (64, 256, 1024)
     examples: tuple[int, int] = (2000, 20000)
-    gpu_layers: int = 32
+    gpu_layers: int = 32  # T3's model: a Llama of 8 billion weights
+    gpu_hidden: int = 4096
+    gpu_heads: int = 32
+    gpu_vocabulary: int = 128256
+    gpu_length: int = 2048
+    gpu_rows: int = 4
+    gpu_steps: int = 8
     timeout_seconds: float = 900.0

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.selfgen.measure import peak_memory, status
+from bench.selfgen.measure import peak_memory
+from bench.train import gpu
+from bench.train.peak import on_gpu, peak_bytes
 from bench.train.sizes import Sizes
 from bench.train.tasks import TASKS, XSUM, recipe_of
 from ssgen_ds.logbook import read_rows
@@ -37,7 +39,7 @@ def _rows(recipe: Any) -> list[dict[str, Any]]:
 
 
 def ours(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """SFT steps on XSum: real tokens a second, peak resident bytes; and the tokens for the peer."""
+    """SFT steps on XSum: real tokens a second, peak bytes; and the tokens for the peer."""
     recipe = recipe_of(XSUM, sizes, folder / "ours")
     with _trained(recipe) as trainer:
         batches = [trainer.plan.batch(step) for step in range(sizes.steps)]
@@ -45,7 +47,7 @@ def ours(sizes: Sizes, folder: Path) -> dict[str, Any]:
     (folder / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     rows = _rows(recipe)[sizes.warm_up :]
     rate = statistics.median(row["num_tokens"] / row["step_seconds"] for row in rows)
-    return {"tokens_per_second": rate, "peak_bytes": status("VmHWM") * 1024, "losses": [row["loss"] for row in rows]}
+    return {"tokens_per_second": rate, "peak_bytes": peak_bytes(), "losses": [row["loss"] for row in rows]}
 
 
 def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from ssgen_ds.ds_config import build_ds_config
-    from ssgen_ds.modeling.load import resolve_model_path
+    from ssgen_ds.modeling.load import resolve_dtype, resolve_model_path
 
     with socket.socket() as probe:  # one rank; DeepSpeed would look for MPI
         probe.bind(("127.0.0.1", 0))
@@ -71,7 +73,8 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     ]
     tokens = [sum(len(p) + len(r) for p, r in batch) for batch in batches]
     recipe = recipe_of(XSUM, sizes, folder / "trl")
-    deepspeed = build_ds_config(recipe, 1, "float32")
+    dtype = resolve_dtype(recipe.model, "cuda" if on_gpu() else "cpu")
+    deepspeed = build_ds_config(recipe, 1, str(dtype).removeprefix("torch."))
     deepspeed["zero_force_ds_cpu_optimizer"] = False
     seconds: list[float] = []
 
@@ -85,11 +88,11 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     settings = SFTConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=sizes.batch, max_steps=sizes.steps,
         learning_rate=1e-5, lr_scheduler_type="constant", max_length=None, completion_only_loss=True, packing=False,
-        gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed,
+        gradient_checkpointing=False, bf16=dtype == torch.bfloat16, use_cpu=not on_gpu(), deepspeed=deepspeed,
         save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, shuffle_dataset=False,
         dataloader_num_workers=0, max_grad_norm=1.0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +108,7 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     trainer.train()
     rates = [count / second for count, second in zip(tokens, seconds, strict=True)][sizes.warm_up :]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][sizes.warm_up :]
-    return {"tokens_per_second": statistics.median(rates), "peak_bytes": status("VmHWM") * 1024, "losses": losses}
+    return {"tokens_per_second": statistics.median(rates), "peak_bytes": peak_bytes(), "losses": losses}
 
 
 def step(sizes: Sizes, folder: Path, task: str, method: str) -> dict[str, Any]:
@@ -123,6 +126,11 @@ def step(sizes: Sizes, folder: Path, task: str, method: str) -> dict[str, Any]:
     rows = _rows(recipe)[sizes.bss_steps // 2 :]  # the second round: the first one measures calls
     seconds = sum(row["step_seconds"] + row["selfgen_seconds"] for row in rows) / len(rows)
     return {"seconds": seconds, "tokens": sum(row["num_tokens"] for row in rows) / len(rows) / sizes.bss_batch}
+
+
+def one_gpu(sizes: Sizes, folder: Path, kind: str) -> dict[str, Any]:
+    """A side of T3: ours on a plain or a quantised base, or TRL's."""
+    return gpu.trl(sizes, folder) if kind == "trl" else gpu.ours(sizes, folder, "nf4" if kind == "qlora" else "plain")
 
 
 def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -170,7 +178,7 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {"calls": calls, "memory_mib": memory}
 
 
-SIDES = {"ours": ours, "trl": trl, "step": step, "growth": growth}
+SIDES = {"ours": ours, "trl": trl, "step": step, "growth": growth, "gpu": one_gpu}
 
 
 def main(side: str, sizes: str, folder: str, out: str) -> None:

@@ -68,14 +68,38 @@ def test_utilisation_of_a_gpu_is_the_formula():
     assert gpu.utilisation(46e9, 1000.0, "Unknown") is None
 
 
-def test_the_gpu_row_runs_with_a_small_shape():
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 200,
-    }
-    found = gpu.lora_steps(2, "cpu", 32, 2, 3, **shape)
-    assert found["tokens_per_second"] > 0
-    assert found["operations"] > 4 * 2 * (64 * 64 * 3 + 3 * 64 * 96)
+SHAPE = {"gpu_layers": 2, "gpu_hidden": 64, "gpu_heads": 4, "gpu_vocabulary": 200}
+
+
+def test_the_sides_of_the_gpu_row_run_with_a_small_shape(tmp_path):
+    """Ours on a quantised base and TRL's, each in a process of its own, as on a GPU."""
+    pytest.importorskip("trl", reason="needs the extra bench")
+    save_tiny_model("llama", tmp_path / "model", vocab_size=98)
+    sizes = Sizes(model=str(tmp_path / "model"), gpu_length=32, gpu_rows=2, gpu_steps=3, timeout_seconds=300, **SHAPE)
+    sides = {name: run.side(f"gpu-{name}", sizes, tmp_path) for name in ("trl", "qlora")}
+    sides["ours"] = sides["qlora"]
+    assert all(side["tokens_per_second"] > 0 and side["peak_bytes"] > 0 for side in sides.values())
+    row = gpu.row(sides, gpu.operations(sizes), "NVIDIA H100 80GB HBM3")
+    assert row["checks"].keys() == {"MFU >= 45 %", "peak memory below TRL's"}
+    assert row["ratio"]["tokens/s"] == sides["ours"]["tokens_per_second"] / sides["trl"]["tokens_per_second"]
+    assert row["ours"]["QLoRA tokens/s"] == sides["qlora"]["tokens_per_second"]
+
+
+def test_operations_of_a_token_are_counted_by_hand():
+    """Four times the weights, six times the adapter's, the causal attention; the head for a quarter of the tokens."""
+    attention, ffn = 64 * 64 * 2 + 2 * 64 * 16, 3 * 64 * 224
+    lora = 16 * (2 * (64 + 64) + 2 * (64 + 16) + 3 * (64 + 224))
+    dense = 2 * (attention + ffn + 2 * 64) + 64
+    expected = 4 * dense + 6 * 2 * lora + 8 * 2 * 64 * 32 + 4 * 200 * 64 / 4
+    assert gpu.operations(Sizes(gpu_length=32, **SHAPE)) == expected
+
+
+def test_the_bar_of_the_gpu_row_needs_both_speed_and_memory():
+    def checks(rate: float, peak: float) -> list[bool]:
+        sides = {name: {"tokens_per_second": 1e3, "peak_bytes": 2e10} for name in ("trl", "qlora")}
+        return list(
+            gpu.row({"ours": {"tokens_per_second": rate, "peak_bytes": peak}, **sides}, 46e9, "H100")["checks"].values()
+        )
+
+    assert checks(9700.0, 1.9e10) == [True, True]
+    assert checks(9600.0, 2.1e10) == [False, False]
