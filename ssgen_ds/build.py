@@ -10,6 +10,7 @@ from typing import Any
 from ssgen_ds import checkpoint, run_folder
 from ssgen_ds.checkpoint import TrainState
 from ssgen_ds.config import Recipe
+from ssgen_ds.data.ahead import ReadAhead
 from ssgen_ds.data.loader import Datasets, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World, keep_freed_memory
@@ -216,7 +217,7 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
         recipe=recipe,
         world=world,
         engine=engine,
-        plan=inputs.datasets.plan,
+        plan=ReadAhead(inputs.datasets.plan, recipe.selfgen.refresh_every, foundations.total_steps),
         eval_sequences=[context_sequence(example, None) for example in inputs.datasets.evaluation],
         evaluation=TrainingEvaluation(recipe, inputs.chat, inputs.vocab_size, inputs.datasets.evaluation, sampler),
         generator=RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks),

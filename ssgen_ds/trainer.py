@@ -13,7 +13,7 @@ import torch
 
 from ssgen_ds.checkpoint import Saved, TrainState, save_checkpoint
 from ssgen_ds.config import Recipe
-from ssgen_ds.data.loader import StepPlan
+from ssgen_ds.data.ahead import ReadAhead
 from ssgen_ds.distributed import World
 from ssgen_ds.errors import GenerationInterrupted, NonFiniteError, StopRequested
 from ssgen_ds.evaluate.during import TrainingEvaluation
@@ -37,7 +37,7 @@ class Trainer:
     recipe: Recipe
     world: World
     engine: Any
-    plan: StepPlan
+    plan: ReadAhead
     eval_sequences: list[Sequence]
     evaluation: TrainingEvaluation
     generator: RoundGenerator

@@ -32,6 +32,13 @@ def test_the_rank_with_the_least_memory_decides_and_none_is_refused_on_all(resul
     assert "model.gradient_checkpointing=true" in result["refused"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_end_of_a_step_waits_for_the_device(results, stage):
+    """DeepSpeed's update and our two numbers of a step: the same count however many micro batches there are."""
+    one, three = results[f"waits-{stage}"]
+    assert 0 < three <= one
+
+
 def test_a_step_that_does_not_fit_is_one_message_with_what_would(results):
     message = results["out-of-memory"]
     assert message.startswith("out of memory in forward: ") and "\n" not in message

@@ -10,7 +10,9 @@ from unittest import mock
 import torch
 
 from ssgen_ds.distributed import World
+from ssgen_ds.step import train_step
 from ssgen_ds.train import fit_and_export
+from ssgen_ds.window import Packing, Sequence, build_window
 from tests.distributed.numerics_cases import Case, fresh, metrics_of, trainer_for
 from tests.distributed.recovery_cases import refusal
 
@@ -48,6 +50,28 @@ def auto_case(world: World, folder: Path) -> dict[str, Any]:
     return {"chosen": world.gather(chosen), "refused": refused}
 
 
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}  # what a host waits for a GPU in
+
+
+def waits_case(stage: int) -> Case:
+    """How often a whole optimizer step reads something from the device: of one micro batch, and of three."""
+
+    def case(world: World, folder: Path) -> list[int]:
+        settings = {"deepspeed": f"ds_configs/zero{stage}.json", "data__packing": True}
+        engine = trainer_for(fresh(folder, f"waits-{stage}", world, **settings), world).engine
+        sequences = [Sequence([5, 6, 7, 8, 9 + i], [-100, -100, 7, 8, 9]) for i in range(3 * world.size)]
+        counts = []
+        for most in (3, 1):
+            window = build_window(sequences, Packing(most, None, True), world.rank, world.size, world.device)
+            train_step(engine, window, 1e-3, world)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                train_step(engine, window, 1e-3, world)
+            counts.append(sum(event.count for event in profile.key_averages() if event.key in WAITS))
+        return counts
+
+    return case
+
+
 def offload_case(world: World, folder: Path) -> dict[str, Any]:
     """What a run is refused with whose second rank has no host memory for what is offloaded; nothing is loaded."""
     settings = {"deepspeed": "ds_configs/zero3_offload.json"}
@@ -76,6 +100,7 @@ def memory_case(world: World, folder: Path) -> list[dict[str, Any]]:
 CASES = {
     **{f"{variant}-{stage}": train_case(variant, stage) for variant in VARIANTS for stage in STAGES},
     "auto": auto_case,
+    **{f"waits-{stage}": waits_case(stage) for stage in STAGES},
     "offload": offload_case,
     "out-of-memory": out_of_memory_case,
     "memory": memory_case,
