@@ -1,13 +1,14 @@
 # make demo: set up and run the main job on the embedded model and data.   make test: set up and pass the tests.
 # make test-faults: every fault of docs/clusters.md on real ranks.   make slurm: write slurm/*.sbatch anew from their template.
 # make study-smollm2: methods compared on a real model and data, some hours on 2 cores (docs/results-smollm2.md).
+# make study-controlled: methods compared on small models from scratch, within an hour on 2 cores (docs/results-controlled.md).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-faults study-smollm2 slurm lint setup clean
+.PHONY: demo test test-faults study-smollm2 study-controlled slurm lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu \
@@ -18,6 +19,9 @@ test: setup lint
 
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults tests/cluster
+
+study-controlled: setup
+	$(BIN)/python -m bench.study.run
 
 study-smollm2: setup
 	$(BIN)/python -m bench.quality.run
