@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig
 
 from ssgen_ds.config import AdapterConfig
@@ -87,6 +88,35 @@ def test_no_more_logits_exist_than_a_chunk():
     with mock.patch.object(model.lm_head, "forward", lambda hidden: rows.append(hidden.shape[0]) or project(hidden)):
         token_loss(model, collate(SEQUENCES, "cpu"), 2 * VOCABULARY)
     assert rows == [2] * 12 + [1]  # 5 + 2 + 18 labels
+
+
+class Widths(TorchDispatchMode):
+    """Rows of every tensor as wide as a vocabulary that any operation makes."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.rows.add(tensor.numel() // self.vocabulary)
+        return result
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ALL)
+def test_nothing_as_wide_as_the_vocabulary_is_longer_than_a_chunk(family, packed):
+    """In forward and backward, for 25 labels of 38 tokens, also where logits are capped or scaled.
+
+    But for the head's weight, which has 32 rows when it is transposed.
+    """
+    prime = 97  # no other dimension
+    with Widths(prime) as widths:
+        token_loss(tiny_model(family, prime), collate(SEQUENCES, "cpu", packed), 2 * prime).backward()
+    assert {1, 2} <= widths.rows <= {1, 2, 32}
 
 
 def test_the_head_is_as_it_was_afterwards_also_after_an_error():
