@@ -34,14 +34,20 @@ def train_case(name: str, stage: int, **overrides: Any) -> Case:
     return case
 
 
-def share_case(world: World, folder: Path) -> dict[str, Any]:
-    """Bytes of the quantised base on each rank under ZeRO-3, and of the whole."""
-    recipe = fresh(folder, "share", world, deepspeed="tests/support/zero3_all_partitioned.json", **QLORA)
-    layers = nf4_layers(trainer_for(recipe, world).engine.module)
-    held = sum(layer.weight.ds_tensor.numel() * layer.weight.ds_tensor.element_size() for layer in layers)
-    alive = sum(layer.weight.numel() for layer in layers)
-    weights = sum(math.prod(layer.weight.quant_state.shape) for layer in layers)
-    return {"held": world.gather(held), "alive": world.gather(alive), "weights": weights}
+def share_case(stage: int) -> Case:
+    """Bytes of the quantised base's codes on each rank, and the number of weights that they stand for."""
+
+    def case(world: World, folder: Path) -> dict[str, Any]:
+        file = "tests/support/zero3_all_partitioned.json" if stage == 3 else f"ds_configs/zero{stage}.json"
+        recipe = fresh(folder, f"share-{stage}", world, deepspeed=file, **QLORA)
+        layers = nf4_layers(trainer_for(recipe, world).engine.module)
+        codes = [layer.weight for layer in layers]
+        held = sum((p.ds_tensor if stage == 3 else p).numel() * p.element_size() for p in codes)
+        alive = sum(p.numel() * p.element_size() for p in codes)
+        weights = sum(math.prod(layer.weight.quant_state.shape) for layer in layers)
+        return {"held": world.gather(held), "alive": world.gather(alive), "weights": weights}
+
+    return case
 
 
 CASES = {
@@ -52,7 +58,7 @@ CASES = {
         )
         for stage in STAGES
     },
-    "share": share_case,
+    **{f"share-{stage}": share_case(stage) for stage in STAGES},
     **{
         f"resume-nf4-zero{stage}": resume_case("lora", stage, "bss+rac", quantization__kind="nf4")
         for stage in (0, 2, 3)

@@ -32,10 +32,13 @@ def test_qlora_trains_the_same_at_every_stage(one, two, inputs, stage):
     assert found["names"] == ["A.weight", "B.weight"], "the adapter alone is saved"
 
 
-def test_each_rank_holds_its_share_of_the_quantised_base(two):
-    share = two["share"]
-    assert share["held"] == [share["weights"] // 4] * 2  # half a byte a weight, on two ranks
-    assert share["alive"] == [0, 0]
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_rank_holds_half_a_byte_a_weight_or_its_share_of_that(two, stage):
+    """ZeRO 0 to 2 keep the frozen base whole on every rank; at 3 it is halved on two, and no rank has it whole."""
+    share = two[f"share-{stage}"]
+    whole = share["weights"] // 2
+    assert share["held"] == [whole // 2 if stage == 3 else whole] * 2
+    assert share["alive"] == [0 if stage == 3 else whole] * 2
 
 
 @pytest.mark.parametrize("name", RESUMED)
