@@ -25,6 +25,7 @@ from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.during import TrainingEvaluation
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.loss import check_loss
+from ssgen_ds.memory import return_freed_memory
 from ssgen_ds.micro_batch import choose_packing
 from ssgen_ds.modeling import families
 from ssgen_ds.modeling.adapters import apply_adapter
@@ -173,8 +174,8 @@ def build_engine(foundations: Foundations, world: World) -> Any:
     import deepspeed
 
     recipe, ds_config = foundations.recipe, foundations.ds_config
-    if zero_stage(ds_config) == 3 and world.device.type == "cpu":
-        keep_freed_memory()
+    if world.device.type == "cpu":
+        (keep_freed_memory if zero_stage(ds_config) == 3 else return_freed_memory)()
     model = world.together(
         lambda: load_model(
             recipe.model, recipe.adapter, ds_config, device=world.device, quantization=recipe.quantization
@@ -184,9 +185,8 @@ def build_engine(foundations: Foundations, world: World) -> Any:
         model = world.together(
             lambda: apply_adapter(model, recipe.adapter, recipe.model.adapter_path, recipe.train.seed)
         )
-    ds_config = with_fitting_bucket(
-        ds_config, sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    )
+    trained = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    ds_config = with_fitting_bucket(ds_config, trained, world.size)
     optimizer = build_optimizer(model, recipe.train, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()  # loading leaves eval mode, in which dropout and gradient checkpointing do nothing

@@ -26,6 +26,7 @@ _OWNED = {
 
 
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
+_LONE_BUCKET = 8_000_000
 
 
 def find_shipped(name: str) -> Path | None:
@@ -130,13 +131,18 @@ def offloads_parameters(config: dict[str, Any]) -> bool:
     return (config.get("zero_optimization", {}).get("offload_param") or {}).get("device", "none") != "none"
 
 
-def with_fitting_bucket(config: dict[str, Any], trained: int) -> dict[str, Any]:
-    """The dictionary with `reduce_bucket_size` at most the number of trained parameters.
+def fitting_bucket(config: dict[str, Any], trained: int, ranks: int) -> int:
+    """Elements of `reduce_bucket_size`: at most the trained parameters, and few where one rank has nobody to send to.
 
     ZeRO allocates the bucket in full, ZeRO-2 with overlap_comm twice: 200 million elements beside an adapter of one.
     """
-    zero = config.get("zero_optimization", {})
-    bucket = min(int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), trained)
-    return (
-        config if zero_stage(config) == 0 else {**config, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
-    )
+    bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET))
+    return min(bucket, trained, _LONE_BUCKET if ranks == 1 else bucket)
+
+
+def with_fitting_bucket(config: dict[str, Any], trained: int, ranks: int) -> dict[str, Any]:
+    """The dictionary with that bucket; as it is without ZeRO."""
+    if zero_stage(config) == 0:
+        return config
+    zero = {**config["zero_optimization"], "reduce_bucket_size": fitting_bucket(config, trained, ranks)}
+    return {**config, "zero_optimization": zero}

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from ssgen_ds.config import Recipe, load_recipe
-from ssgen_ds.ds_config import DEFAULT_BUCKET, build_ds_config, offloads_optimizer, offloads_parameters, zero_stage
+from ssgen_ds.ds_config import (
+    DEFAULT_BUCKET,
+    build_ds_config,
+    fitting_bucket,
+    offloads_optimizer,
+    offloads_parameters,
+    zero_stage,
+)
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling import families
 from ssgen_ds.plan.memory import Plan, Setting, as_json, plan_memory
@@ -144,7 +151,7 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
         row_tokens=row,
         strategy=recipe.selfgen.strategy,
         generates=recipe.generates,
-        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        reduce_bucket=fitting_bucket(config, DEFAULT_BUCKET, hardware.ranks),
         live=int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)),
         memory=hardware.memory / (_FRAGMENTS if is_cuda else 1.0),
         overhead=_CONTEXT if is_cuda else 0.0,

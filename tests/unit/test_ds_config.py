@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ssgen_ds.config import parse_recipe
-from ssgen_ds.ds_config import build_ds_config, merge, offloads_optimizer, zero_stage
+from ssgen_ds.ds_config import build_ds_config, merge, offloads_optimizer, with_fitting_bucket, zero_stage
 from ssgen_ds.errors import UserError
 
 SHIPPED = sorted(Path("ds_configs").rglob("*.json"))
@@ -94,6 +94,26 @@ def test_templates_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_merge_keeps_what_the_recipe_does_not_know():
     assert merge({"a": "auto", "z": 1}, {"a": 2, "b": {"c": 3}}) == ({"a": 2, "z": 1, "b": {"c": 3}}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "ranks", "bucket"),
+    [
+        ("zero2", 10**9, 2, 200_000_000),
+        ("zero2", 10**6, 2, 10**6),
+        ("zero3", 10**9, 1, 8_000_000),
+        ("zero1", 10**6, 1, 10**6),
+    ],
+)
+def test_the_bucket_fits_what_is_trained_and_who_is_there(name, trained, ranks, bucket):
+    config = build_ds_config(recipe(f"ds_configs/{name}.json"), ranks, "float32")
+    fitted = with_fitting_bucket(config, trained, ranks)
+    assert fitted["zero_optimization"] == {**config["zero_optimization"], "reduce_bucket_size": bucket}
+
+
+def test_without_zero_there_is_no_bucket():
+    config = build_ds_config(recipe("ds_configs/zero0.json"), 1, "float32")
+    assert with_fitting_bucket(config, 10**6, 1) is config
 
 
 def test_8bit_moments_cannot_be_offloaded():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -11,6 +14,7 @@ from ssgen_ds import distributed
 from ssgen_ds.errors import RankError
 from ssgen_ds.memory import PeakMemory
 from ssgen_ds.watchdog import Watchdog
+from tests.support.launch import ROOT
 
 
 def test_peaks_are_kept_by_phase_and_given_once():
@@ -23,6 +27,30 @@ def test_peaks_are_kept_by_phase_and_given_once():
     assert peaks["train"] >= held.nbytes and peaks["generate"] == peaks["optimizer"] == 0
     assert memory.highest == peaks["train"]
     assert memory.take() == {"generate": 0, "train": 0, "optimizer": 0}
+
+
+KEPT = """
+import torch
+from ssgen_ds.memory import return_freed_memory
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+torch.ones(2**22 * 7 // 4)  # 28 MiB: when it is freed, glibc raises its threshold
+return_freed_memory()
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(64)]
+last = torch.ones(2**20)  # on top of the heap
+del tensors
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_tensors_go_back_to_the_system():
+    """65 tensors of 4 MiB, 64 of which are freed; without the setting 256 MiB stay."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=300, check=True, cwd=ROOT
+    )
+    assert float(done.stdout) < 30
 
 
 @pytest.mark.parametrize(
