@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ STYLE = {
 @dataclass(frozen=True)
 class Curve:
     title: str
-    svg: str
-    is_wide: bool = False
+    svg: str  # on a phone, too, where `narrow` is empty
+    narrow: str = ""  # `svg` then is as wide as two others
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,80 @@ class Round:
     generation_share: float
 
 
-def draw_curves(rows: Rows) -> list[Curve]:
-    """Every figure that the rows have numbers for, in reading order. `rows`: metrics.jsonl, in step order."""
+def draw_curves(rows: Rows, best: dict[str, Any] | None = None) -> list[Curve]:
+    """Every figure that the rows have numbers for, in reading order.
+
+    Args:
+        rows: metrics.jsonl, in step order.
+        best: checkpoints/best.json; marked here when it was chosen by the loss.
+    """
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        curves = [_loss_curve(rows)]
+        curves = [_loss_curve(rows, best)]
         if any(_series(rows, "sampled_token_share")[1]) or any(_series(rows, "mix_rate")[1]):
             curves.append(_mixing_curve(rows))
-        rounds = summarize_rounds(rows)
+        curves.append(_single_curve(rows, "lr", "Learning rate", "learning rate"))
+        curves.append(_single_curve(rows, "grad_norm", "Gradient norm", "global L2 norm, before clipping"))
+    return curves
+
+
+def draw_cost_curves(rows: Rows) -> list[Curve]:
+    """What generation cost, round by round; nothing without generation."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        rounds, curves = summarize_rounds(rows), []
         if any(item.passes for item in rounds):
             curves.append(_passes_curve(rounds))
         if any(item.generation_share for item in rounds):
             curves.append(_time_curve(rounds))
-        curves.append(_single_curve(rows, "lr", "Learning rate", "learning rate"))
-        curves.append(_single_curve(rows, "grad_norm", "Gradient norm", "global L2 norm, before clipping"))
     return curves
+
+
+def draw_score_curves(
+    evaluations: list[tuple[int, dict[str, Any]]],
+    best: dict[str, Any] | None,
+    title_of: Callable[[str], str],
+) -> list[Curve]:
+    """One figure a metric: its mean and 95 % interval over the steps at which training evaluated, two or more.
+
+    Args:
+        evaluations: (step, metric -> mean, low, high), in step order.
+        best: checkpoints/best.json; its step is marked in every figure.
+        title_of: a metric's name -> how people write it.
+    """
+    from matplotlib import rc_context
+
+    if len(evaluations) < 2:
+        return []
+    with rc_context(STYLE):
+        names = list(dict.fromkeys(name for _, scores in evaluations for name in scores))
+        return [_score_curve(name, title_of(name), evaluations, best) for name in names]
+
+
+def _score_curve(name: str, title: str, evaluations: list[tuple[int, dict[str, Any]]], best: Any) -> Curve:
+    known = [(step, scores[name]) for step, scores in evaluations if name in scores]
+    steps = [step for step, _ in known]
+
+    def draw(axes: Axes) -> None:
+        low, mean, high = ([score[key] for _, score in known] for key in ("low", "mean", "high"))
+        axes.fill_between(steps, low, high, color=EVAL, alpha=0.16, linewidth=0)
+        axes.plot(steps, mean, color=EVAL, **_dots(steps))
+        axes.set_ylabel("mean and 95 % interval")
+        if not any(high):
+            axes.set_ylim(0, 1)  # all 0: not a scale around 0
+        if best is not None and best["step"] in steps:
+            _mark_best(axes, best["step"], mean[steps.index(best["step"])])
+
+    return Curve(title, _svg(draw, "score-" + re.sub(r"\W", "-", name)))
+
+
+def _mark_best(axes: Axes, step: int, value: float) -> None:
+    """A ring around the step whose checkpoint is kept as the best."""
+    axes.plot(
+        [step], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=SELF, label=f"best, step {step}"
+    )
 
 
 def summarize_rounds(rows: Rows) -> list[Round]:
@@ -114,7 +172,7 @@ def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in known], [float(value) for _, value in known]
 
 
-def _loss_curve(rows: Rows) -> Curve:
+def _loss_curve(rows: Rows, best: dict[str, Any] | None) -> Curve:
     steps, losses = _series(rows, "loss")
     eval_steps, eval_losses = _series(rows, "eval_loss")
     window = smoothing_window(len(losses))
@@ -122,14 +180,16 @@ def _loss_curve(rows: Rows) -> Curve:
     def draw(axes: Axes) -> None:
         if window > 1:
             axes.plot(steps, losses, color=GOLD, alpha=0.28, linewidth=0.9, label="training")
-            axes.plot(steps, smooth(losses, window), color=GOLD, label=f"training, mean of {window} steps")
+            axes.plot(steps, smooth(losses, window), color=GOLD, label=f"mean of {window} steps")
         else:
             axes.plot(steps, losses, color=GOLD, label="training", **_dots(steps))
         if eval_steps:
             axes.plot(eval_steps, eval_losses, "o-", color=EVAL, markersize=4.5, linewidth=1, label="evaluation")
+        if best is not None and best["metric"] == "loss" and best["step"] in eval_steps:
+            _mark_best(axes, best["step"], eval_losses[eval_steps.index(best["step"])])
         axes.set_ylabel("nats per token")
 
-    return Curve("Loss", _svg(draw, "loss", size=(8.6, 2.9)), is_wide=True)
+    return Curve("Loss", _svg(draw, "loss", size=(8.6, 2.9)), narrow=_svg(draw, "loss-narrow"))
 
 
 def _mixing_curve(rows: Rows) -> Curve:
@@ -199,15 +259,19 @@ def _svg(draw: Any, name: str, x_label: str = "optimizer step", size: tuple[floa
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4)) if name == "lr" else None
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, borderpad=0, handlelength=1.4)
+        columns = 4 if size[0] > 6 else 2
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0, handlelength=1.4
+        )
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(buffer.getvalue(), name)
+    return for_page(buffer.getvalue(), name)
 
 
-def _for_page(svg: str, name: str) -> str:
+def for_page(svg: str, name: str) -> str:
     """Drop the XML prologue, make ids unique in the page and turn colours into CSS variables."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to them, and matplotlib may give one twice
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(
         r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', svg

@@ -1,62 +1,51 @@
-"""One self-contained report.html of a run, finished or under way: `ssgen report RUN`. Needs no network.
+"""One self-contained report.html of a run, finished or under way: `ssgen report RUN`. Needs no network and no script.
 
-Reads recipe.yaml, environment.json, metrics.jsonl and, where they are, selfgen/samples.jsonl, evaluations/*.json and
-model/. A line of samples.jsonl is one example as it was trained on:
-
-    {"round": 1, "step": 1, "example_id": "a1", "prompt": "...", "gold": "...",
-     "mixed": [["text", is_sampled], ...] | null, "draft": str | null, "draft_kept": str | null,
-     "correction_target": str | null, "target_kind": "reference" | "rewrite" | null}
-
-`draft_kept` is the prefix that the cut left.
+`report_run` reads the run folder; `report_scores`, `report_gap`, `report_texts`, `report_costs` and `report_warnings`
+say what is shown of it, `curves` draws, and report.html.j2 puts it on a page.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssgen_ds.errors import UserError
-from ssgen_ds.evaluate.curves import Rows, draw_curves, total
-from ssgen_ds.logbook import METRICS_FILE, read_rows
+from ssgen_ds.evaluate.curves import draw_cost_curves, draw_curves, draw_score_curves, total
+from ssgen_ds.evaluate.report_costs import generation_facts, memory_parts, seconds_by_phase, time_parts
+from ssgen_ds.evaluate.report_gap import COLUMNS as GAP_COLUMNS
+from ssgen_ds.evaluate.report_gap import view_gap
+from ssgen_ds.evaluate.report_run import Run, load_run
+from ssgen_ds.evaluate.report_scores import (
+    base_of,
+    behaviour_rows,
+    correction_rows,
+    describe_settings,
+    group_evaluations,
+    interval,
+    main_evaluation,
+    metric_title,
+    number,
+    paired_change,
+    primary_metric,
+    probability,
+    shown_evaluations,
+)
+from ssgen_ds.evaluate.report_texts import answer_texts, training_texts
+from ssgen_ds.evaluate.report_warnings import eval_losses_of, find_warnings, weighted_mean
 from ssgen_ds.progress import compact, duration
-from ssgen_ds.run_folder import is_finished
 
 REPORT_FILE = "report.html"
-EXAMPLES_PER_ROUND = 3
 METHOD_TITLES = {
     "sft": "Supervised finetuning",
     "bss": "Batch-scheduled sampling",
     "rac": "Reference-answer-based correction",
     "bss+rac": "Batch-scheduled sampling with correction",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read. `rows` has at least one row; `evaluations` maps a file's stem to its numbers."""
-
-    name: str
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    rows: Rows
-    samples: list[dict[str, Any]]
-    evaluations: dict[str, dict[str, float]]
-    is_finished: bool
-
-    @property
-    def method(self) -> str:
-        return self.recipe["method"]["name"]
-
-    @property
-    def total_steps(self) -> int | None:
-        """From environment.json or the recipe; unknown for a run counted in epochs whose environment does not say."""
-        return self.environment.get("total_steps") or self.recipe["train"]["max_steps"]
+_SPECIAL = re.compile(r"&lt;(?:\|\w+\||/?s|eos|bos|pad|unk|start_of_turn|end_of_turn)&gt;")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -73,173 +62,89 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def load_run(run_dir: Path) -> Run:
-    """Read a run folder; the model's weights are not touched. Raises UserError as `write_report` does."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such folder; give the output_dir of a run")
-    missing = [name for name in ("recipe.yaml", "environment.json") if not (run_dir / name).is_file()]
-    if missing:
-        raise UserError(f"{run_dir}: not a run folder, it has no {' and no '.join(missing)}; give a run's output_dir")
-    metrics = run_dir / METRICS_FILE
-    rows = read_rows(metrics) if metrics.is_file() else []
-    if not rows:
-        raise UserError(f"{metrics}: no optimizer step is finished yet; try again once the run has made one")
-    samples = run_dir / "selfgen" / "samples.jsonl"
-    return Run(
-        name=run_dir.resolve().name,
-        recipe=_read_mapping(run_dir / "recipe.yaml"),
-        environment=_read_mapping(run_dir / "environment.json"),
-        rows=rows,
-        samples=read_rows(samples) if samples.is_file() else [],
-        evaluations={
-            path.stem: flatten_numbers(_read_mapping(path)) for path in sorted((run_dir / "evaluations").glob("*.json"))
-        },
-        is_finished=is_finished(run_dir),
-    )
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: damaged: {error}; restore or delete it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping, got {type(content).__name__}; restore or delete it")
-    return content
-
-
-def flatten_numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every number of nested dictionaries under its dotted key. Lists (the predictions) and texts are left out."""
-    numbers: dict[str, float] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            numbers |= flatten_numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[f"{prefix}{key}"] = value
-    return numbers
-
-
 def headline(run: Run) -> list[tuple[str, str]]:
     """The run in a handful of numbers: (label, value), ready to print."""
-    generation, training = total(run.rows, "selfgen_seconds"), total(run.rows, "step_seconds")
+    seconds = seconds_by_phase(run)
     last_losses = [row["loss"] for row in run.rows[-10:] if row["loss"] is not None]
     final = f"{statistics.fmean(last_losses):.3f}" if last_losses else "not a number"
     numbers = [(f"final loss, mean of {len(last_losses)} steps" if len(last_losses) > 1 else "final loss", final)]
-    eval_losses = _eval_losses(run.rows)
+    eval_losses = eval_losses_of(run.rows)
     if len(eval_losses) > 1:
         numbers.append(("evaluation loss, first → last", f"{eval_losses[0]:.3f} → {eval_losses[-1]:.3f}"))
     elif eval_losses:
         numbers.append(("evaluation loss", f"{eval_losses[0]:.3f}"))
     numbers.append(("tokens trained", compact(total(run.rows, "num_tokens"))))
     if "bss" in run.method:
-        numbers.append(("sampled-token share", f"{_sampled_share(run.rows):.1%}"))
+        numbers.append(("sampled-token share", f"{weighted_mean(run.rows, 'sampled_token_share'):.1%}"))
     if "rac" in run.method:
         numbers.append(("corrections trained", compact(total(run.rows, "num_corrections"))))
     if run.method != "sft":
-        numbers.append(("generation's share of the time", f"{generation / max(generation + training, 1e-9):.0%}"))
-    numbers.append(("total time", duration(generation + training)))
+        share = seconds.get("generate", 0.0) / max(sum(seconds.values()), 1e-9)
+        numbers.append(("generation's share of the time", f"{share:.0%}"))
+    numbers.append(("total time", duration(sum(seconds.values()))))
     return numbers
 
 
-def _eval_losses(rows: Rows) -> list[float]:
-    return [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+def findings(run: Run) -> list[str]:
+    """What came out, in plain sentences: the first metric before and after, what correcting did."""
+    one = main_evaluation(run)
+    metric = None if one is None else primary_metric(run, one)
+    if one is None or metric is None:
+        return []
+    title, place = metric_title(metric), "" if one.step is None else f" at step {one.step}"
+    base = base_of(run, one)
+    if base is None or metric not in base.scores:
+        sentences = [f"{title}{place}: {interval(one.scores[metric])}."]
+    else:
+        text = f"{title} before training: {interval(base.scores[metric])}; after: {interval(one.scores[metric])}"
+        change = paired_change(base, one, metric)
+        paired = change and f", a paired change of {interval(change, '+')}, {probability(change['p_value'])}"
+        sentences = [f"{text}{paired or ''}."]
+    if one.correction is not None:
+        change = one.correction["change"][metric]
+        better, worse = one.correction["improved"][metric], one.correction["worsened"][metric]
+        sentences.append(
+            f"Correcting changed {title} by {interval(change, '+')}, {probability(change['p_value'])}: "
+            f"{better} answers became better, {worse} worse."
+        )
+    return sentences
 
 
-def _sampled_share(rows: Rows) -> float:
-    """Over the whole run: each step counts by its tokens."""
-    known = [row for row in rows if row.get("sampled_token_share") is not None]
-    num_tokens = sum(row["num_tokens"] for row in known)
-    return sum(row["sampled_token_share"] * row["num_tokens"] for row in known) / max(num_tokens, 1)
-
-
-def find_warnings(run: Run) -> list[str]:
-    """What a careful reader would stumble over, in sentences that say what to look at. Simple rules, no verdicts."""
-    return [
-        *_loss_warnings(run.rows),
-        *_generation_warnings(run),
-        *(
-            f"evaluations/{name}.json: no answer ended with EOS ({key} is 0); look at the labels with `ssgen preview`"
-            for name, numbers in run.evaluations.items()
-            for key, value in numbers.items()
-            if key.rpartition(".")[2] == "eos_rate" and value == 0
-        ),
+def key_facts(run: Run) -> list[tuple[str, str]]:
+    """The recipe at a glance: (label, value)."""
+    recipe, environment = run.recipe, run.environment
+    method, train, adapter = recipe["method"], recipe["train"], recipe["adapter"]
+    ranks = environment.get("world_size")
+    where = [f"{ranks} rank{'s' * (ranks != 1)}" if ranks else "", str(environment.get("device") or "")]
+    where.append(f"ZeRO {environment['zero_stage']}" if "zero_stage" in environment else "")
+    facts = [
+        ("model", recipe["model"]["path"]),
+        ("data", _sources(recipe["data"]["train"])),
+        ("trained weights", "all" if adapter["kind"] == "none" else f"{adapter['kind']}, rank {adapter['rank']}"),
+        ("batch", f"{train['global_batch']} examples a step"),
+        ("learning rate", f"{train['lr']:g}, {train['schedule']}"),
+        ("generated anew", f"every {recipe['selfgen']['refresh_every']} steps" if run.method != "sft" else ""),
     ]
-
-
-def _loss_warnings(rows: Rows) -> list[str]:
-    warnings = []
-    if broken := [row["step"] for row in rows if row["loss"] is None or row["grad_norm"] is None]:
-        warnings.append(
-            f"Loss or gradient norm was not finite at {_steps(broken)}; such an update does harm or nothing."
-        )
-    if spikes := loss_spikes(rows):
-        warnings.append(f"The loss jumped at {_steps(spikes)}; look at the data there, or lower train.lr.")
-    eval_losses = _eval_losses(rows)
-    if len(eval_losses) > 1 and eval_losses[-1] > min(eval_losses) * 1.02:
-        warnings.append(
-            f"The evaluation loss ended at {eval_losses[-1]:.3f}, above its best, {min(eval_losses):.3f}: "
-            "fewer steps or a lower train.lr may do better."
-        )
-    return warnings
-
-
-def loss_spikes(rows: Rows, window: int = 20) -> list[int]:
-    """Steps whose loss stands far above the `window` steps before: over 6 median absolute deviations, and over 25%."""
-    known = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
-    spikes = []
-    for index in range(window // 2, len(known)):
-        before = [loss for _, loss in known[max(index - window, 0) : index]]
-        median = statistics.median(before)
-        deviation = statistics.median(abs(loss - median) for loss in before)
-        step, loss = known[index]
-        if loss - median > max(6 * deviation, 0.25 * abs(median)):
-            spikes.append(step)
-    return spikes
-
-
-def _generation_warnings(run: Run) -> list[str]:
-    warnings = []
-    if "bss" in run.method and total(run.rows, "mix_rate") > 0 and total(run.rows, "sampled_token_share") == 0:
-        warnings.append("No token was sampled although the mix rate is above 0: the responses may be too short for it.")
+    if "bss" in run.method:
+        facts.append(("mix rate", f"{method['bss']['mix_rate']:g}, {method['bss']['schedule']}"))
     if "rac" in run.method:
-        num_empty, num_corrections = total(run.rows, "num_empty_drafts"), total(run.rows, "num_corrections")
-        if num_empty and not num_corrections:
-            warnings.append(
-                "Every draft was empty, so nothing was corrected; look at the prompts with `ssgen preview`."
-            )
-        elif num_empty > num_corrections:
-            warnings.append(f"{num_empty:.0f} of {num_empty + num_corrections:.0f} drafts were empty.")
-    pairs = [(_kept(sample), sample["correction_target"]) for sample in run.samples if sample["correction_target"]]
-    copies = sum(kept.strip() == target.strip() for kept, target in pairs)
-    if copies:
-        warnings.append(f"{copies} of {len(pairs)} sampled corrections copy their draft: they teach no correcting.")
-    return warnings
+        rac = method["rac"]
+        facts.append(("drafts", f"at most {rac['max_draft_tokens']} tokens, cut: {rac['cut']}"))
+        facts.append(("corrections", f"towards the {rac['target']}, weight {rac['correction_weight']:g}"))
+    facts += [("ran on", ", ".join(filter(None, where))), ("began", str(environment.get("time") or "")[:16])]
+    return [(label, value.replace("T", " ") if label == "began" else value) for label, value in facts if value]
 
 
-def _steps(steps: list[int], shown: int = 5) -> str:
-    listed = ", ".join(map(str, steps[:shown]))
-    more = f" and {len(steps) - shown} more" if len(steps) > shown else ""
-    return f"step{'s' * (len(steps) > 1)} {listed}{more}"
+def _sources(train: Any) -> str:
+    sources = train if isinstance(train, list) else [train]
+    return ", ".join(str(source["path"]) if isinstance(source, dict) else str(source) for source in sources)
 
 
-def _kept(sample: dict[str, Any]) -> str:
-    """The part of the draft that the correction starts from: all of it where nothing was cut."""
-    return sample["draft"] or "" if sample["draft_kept"] is None else sample["draft_kept"]
+def special_tokens(text: str) -> Any:
+    """Template filter: the text, escaped, with the tokens of chat templates and ends made quiet."""
+    from markupsafe import Markup, escape
 
-
-def _examples(samples: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A few samples of the first and of the last round, each draft split into what was kept and what was cut."""
-    numbers = sorted({sample["round"] for sample in samples})
-    groups = []
-    for number in numbers[:1] + numbers[1:][-1:]:
-        shown = [sample for sample in samples if sample["round"] == number][:EXAMPLES_PER_ROUND]
-        split = [
-            {**sample, "kept": _kept(sample), "cut": (sample["draft"] or "").removeprefix(_kept(sample))}
-            for sample in shown
-        ]
-        groups.append((f"Round {number}", split))
-    return groups
+    return Markup(_SPECIAL.sub(lambda found: f'<span class="special">{found[0]}</span>', str(escape(text))))
 
 
 def render_report(run: Run) -> str:
@@ -253,19 +158,40 @@ def render_report(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    metrics = sorted({key for numbers in run.evaluations.values() for key in numbers})
+    templates.filters |= {
+        "special": special_tokens,
+        "interval": interval,
+        "number": number,
+        "probability": probability,
+        "metric_title": metric_title,
+        "settings": describe_settings,
+    }
     last_step = run.rows[-1]["step"]
     of_total = f" of {run.total_steps}" if run.total_steps else ""
+    steps = [(one.step, one.scores) for one in run.during_training]
     return templates.get_template("report.html.j2").render(
         run=run,
         method_title=METHOD_TITLES[run.method],
         status="finished" if run.is_finished else "in progress",
         steps=f"step {last_step}{of_total}",
         headline=headline(run),
-        curves=draw_curves(run.rows),
-        examples=_examples(run.samples),
+        findings=findings(run),
+        facts=key_facts(run),
         warnings=find_warnings(run),
-        metrics=metrics,
+        groups=group_evaluations(run),
+        corrections=[(one, correction_rows(one)) for one in shown_evaluations(run) if one.correction is not None],
+        behaviour=behaviour_rows(shown_evaluations(run)),
+        score_curves=draw_score_curves(steps, run.best, metric_title),
+        other_metrics=sorted({key for numbers in run.other_numbers.values() for key in numbers}),
+        gap=view_gap(run),
+        gap_columns=GAP_COLUMNS,
+        answers=answer_texts(run),
+        curves=draw_curves(run.rows, run.best),
+        cost_curves=draw_cost_curves(run.rows),
+        time_parts=time_parts(run),
+        memory_parts=memory_parts(run.rows),
+        generation=generation_facts(run),
+        trained_on=training_texts(run.samples),
         recipe_text=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
         environment_text=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
     )

@@ -22,8 +22,14 @@ def _correction_counts(records: list[Generated]) -> dict[str, int]:
     return {
         "num_corrections": sum(record.target_ids is not None for record in records),
         "num_empty_drafts": sum(record.draft_ids == [] for record in records),
+        "num_truncated_drafts": sum(_ran_out(record) for record in records),
         "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
     }
+
+
+def _ran_out(record: Generated) -> bool:
+    """Whether the draft was ended by max_draft_tokens and not by the model."""
+    return bool(record.draft_ids) and record.draft_stop_id is None
 
 
 def round_row(stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, Any]:
