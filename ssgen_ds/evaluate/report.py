@@ -91,10 +91,11 @@ def findings(run: Run) -> list[str]:
     metric = None if one is None else primary_metric(run, one)
     if one is None or metric is None:
         return []
-    title, place = metric_title(metric), "" if one.step is None else f" at step {one.step}"
-    base = base_of(run, one)
+    title, base = metric_title(metric), base_of(run, one)
+    when = "before training" if run.is_base(one.content["model"]) else "after training"
+    place = when if one.step is None else f"at step {one.step}"
     if base is None or metric not in base.scores:
-        sentences = [f"{title}{place}: {interval(one.scores[metric])}."]
+        sentences = [f"{title} {place}: {interval(one.scores[metric])}."]
     else:
         text = f"{title} before training: {interval(base.scores[metric])}; after: {interval(one.scores[metric])}"
         change = paired_change(base, one, metric)

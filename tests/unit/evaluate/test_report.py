@@ -14,10 +14,20 @@ from hypothesis import strategies as st
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.curves import smooth, smoothing_window, summarize_rounds
-from ssgen_ds.evaluate.report import find_warnings, flatten_numbers, headline, load_run, loss_spikes, write_report
+from ssgen_ds.evaluate.report import findings, headline, key_facts, load_run, write_report
+from ssgen_ds.evaluate.report_costs import generation_facts, memory_parts, time_parts
+from ssgen_ds.evaluate.report_run import flatten_numbers
 from ssgen_ds.logbook import read_rows
-
-from .conftest import HOSTILE, make_sample, write_lines
+from tests.support.report_folder import (
+    BASE,
+    HOSTILE,
+    evaluate_run,
+    make_gap,
+    make_predictions,
+    make_sample,
+    write_evaluation,
+    write_lines,
+)
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -72,6 +82,7 @@ def edit_rows(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]])
 
 def test_the_page_needs_nothing_from_elsewhere(make_run: MakeRun) -> None:
     run_dir = make_run()
+    evaluate_run(run_dir)
     page = page_of(run_dir)
     assert page.addresses and all(address.startswith("#") for address in page.addresses)
     assert {address[1:] for address in page.addresses} <= set(page.ids)
@@ -82,10 +93,20 @@ def test_the_page_needs_nothing_from_elsewhere(make_run: MakeRun) -> None:
     assert not list(run_dir.glob("*.partial"))
 
 
+def test_warnings_come_first_and_only_where_there_are_any(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    assert "Worth a look" not in page_of(run_dir).text
+    edit_rows(run_dir, lambda row: {"loss": 9.0} if row["step"] in (40, 70) else {})
+    text = page_of(run_dir).text
+    assert "1 thing worth a look" in text and "Worth a look\n\nThe loss jumped at steps 40, 70" in text
+
+
 def test_texts_of_the_run_are_escaped(make_run: MakeRun) -> None:
-    page = page_of(make_run())
+    run_dir = make_run()
+    evaluate_run(run_dir)
+    page = page_of(run_dir)
     assert "script" not in page.tags and "b" not in page.tags
-    assert HOSTILE in page.text
+    assert page.text.count(HOSTILE) > 6  # prompts of samples, and once around the prompts of answers
 
 
 def test_title_status_and_headline(make_run: MakeRun) -> None:
@@ -103,27 +124,36 @@ def test_title_status_and_headline(make_run: MakeRun) -> None:
     assert numbers["tokens trained"] == "288k"  # 96 * 3000
     assert numbers["corrections trained"] == "2.9k"  # 96 * 30
     assert numbers["total time"] == "5m00s"  # 96 * 2 s and 12 rounds * 9 s
-    assert numbers["generation's share of the time"] == "36%"  # 108 / 300
+    assert numbers["generation's share of the time"] == "36%"  # 108 / (192 + 108)
     assert numbers["sampled-token share"] == "12.1%"  # 0.24 / 96 * mean(1..96)
     assert numbers["evaluation loss, first → last"] == "2.649 → 2.241"  # 2.2 + exp(-24/30), exp(-96/30)
 
 
 def test_sections_come_in_order(make_run: MakeRun) -> None:
     run_dir = make_run()
+    evaluate_run(run_dir)
     edit_rows(run_dir, lambda row: {"loss": 9.0} if row["step"] == 50 else {})
     text = page_of(run_dir).text
-    curves = [
-        "Loss",
-        "Self-generated tokens",
-        "Passes per round",
-        "Time spent generating",
-        "Learning rate",
-        "Gradient norm",
+    order = [
+        *("ROUGE-L before training", "A gold token costs", "total time", "Set-up", "Worth a look", "24 examples of"),
+        *("While training", "What correcting did: trained", "How the answers are", "The training-inference gap"),
+        *("Where the gap is", "What it answers", "Better for being corrected", "The best answers", "The worst answers"),
+        *(
+            "Loss",
+            "Self-generated tokens",
+            "Learning rate",
+            "Gradient norm",
+            "In a mixed context",
+            "Round 1",
+            "Round 12",
+        ),
+        *("Time, starting", "Peak memory", "Passes per round", "Time spent generating", "Generating", "Recipe"),
+        "Environment",
     ]
-    examples = ["What it trained on", "Round 1", "Round 12"]
-    order = ["total time", *curves, *examples, "Worth a look", "Recipe", "Environment"]
-    places = [text.index(part) for part in order]
-    assert places == sorted(places)
+    place = 0
+    for part in order:
+        place = text.find(part, place)
+        assert place >= 0, part
 
 
 def test_a_run_under_way(make_run: MakeRun) -> None:
@@ -138,11 +168,13 @@ def test_a_run_under_way(make_run: MakeRun) -> None:
 def test_sft_shows_nothing_of_generation(make_run: MakeRun) -> None:
     run_dir = make_run(method="sft")
     quiet = {"mix_rate": 0.0, "sampled_token_share": 0.0, "selfgen_passes": 0, "selfgen_seconds": 0.0}
+    quiet |= {"selfgen_calls": 0, "peak_generate_bytes": 0}
     edit_rows(run_dir, lambda row: quiet)
     (run_dir / "selfgen" / "samples.jsonl").unlink()
     text = page_of(run_dir).text
+    text = text[: text.index("Recipe")]
     assert not any(
-        part in text for part in ("Self-generated", "Passes", "generating", "What it trained on", "corrections")
+        part in text for part in ("Self-generated", "Passes", "enerating", "What it trained on", "orrection")
     )
     assert "Loss" in text and "Gradient norm" in text
 
@@ -164,14 +196,14 @@ def test_samples_without_some_texts(make_run: MakeRun) -> None:
     assert "(empty)" in text and "Correction" not in text
 
 
-def test_evaluations_are_tabled_without_their_predictions(make_run: MakeRun) -> None:
+def test_numbers_of_other_files_are_tabled(make_run: MakeRun) -> None:
     run_dir = make_run(num_steps=8)
     (run_dir / "evaluations").mkdir()
     for name, value in (("base", 0.25), ("trained", 0.5)):
         content = {"rouge": {"rougeL": value}, "model": "m", "predictions": [{"text": "zebra"}]}
         (run_dir / "evaluations" / f"{name}.json").write_text(json.dumps(content))
     text = page_of(run_dir).text
-    assert re.search(r"base\s*trained\s*rouge\.rougeL\s*0\.25\s*0\.5", text)
+    assert re.search(r"Other numbers\s*base\s*trained\s*rouge\.rougeL\s*0\.25\s*0\.5", text)
     assert "zebra" not in text
 
 
@@ -179,60 +211,6 @@ def test_flatten_numbers() -> None:
     assert flatten_numbers({"a": 1, "b": {"c": 2.5, "d": {"e": 0}}, "f": True, "g": "x", "h": [1]}) == {
         "a": 1, "b.c": 2.5, "b.d.e": 0
     }  # fmt: skip
-
-
-def test_a_healthy_run_has_no_warnings(make_run: MakeRun) -> None:
-    run_dir = make_run()
-    assert find_warnings(load_run(run_dir)) == []
-    assert "Worth a look" not in page_of(run_dir).text
-
-
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [
-        (lambda row: {"loss": 9.0} if row["step"] in (40, 70) else {}, "The loss jumped at steps 40, 70;"),
-        (lambda row: {"loss": None} if row["step"] == 7 else {}, "not finite at step 7;"),
-        (lambda row: {"grad_norm": None}, "not finite at steps 1, 2, 3, 4, 5 and 91 more;"),
-        (lambda row: {"eval_loss": 3.0} if row["step"] == 96 else {}, "ended at 3.000, above its best, 2.291"),
-        (lambda row: {"sampled_token_share": 0.0}, "No token was sampled"),
-        (lambda row: {"num_corrections": 0}, "Every draft was empty"),
-        (lambda row: {"num_corrections": 1, "num_empty_drafts": 3}, "288 of 384 drafts were empty"),
-    ],
-)
-def test_warnings_from_the_metrics(make_run: MakeRun, change: Callable[..., dict[str, Any]], warning: str) -> None:
-    run_dir = make_run()
-    edit_rows(run_dir, change)
-    (found,) = find_warnings(load_run(run_dir))
-    assert warning in found
-    assert "Worth a look" in page_of(run_dir).text
-
-
-def test_warning_about_corrections_that_copy_their_draft(make_run: MakeRun) -> None:
-    run_dir = make_run()
-    copied = make_sample(1, "b", correction_target="Rain fell on Monday near Whitby. ", target_kind="rewrite")
-    write_lines(run_dir / "selfgen" / "samples.jsonl", [make_sample(1, "a"), copied])
-    (found,) = find_warnings(load_run(run_dir))
-    assert found.startswith("1 of 2 sampled corrections copy their draft")
-
-
-def test_warning_about_answers_that_never_end(make_run: MakeRun) -> None:
-    run_dir = make_run()
-    (run_dir / "evaluations").mkdir()
-    (run_dir / "evaluations" / "after.json").write_text('{"free": {"eos_rate": 0.0}}')
-    (found,) = find_warnings(load_run(run_dir))
-    assert found.startswith("evaluations/after.json: no answer ended with EOS (free.eos_rate is 0)")
-
-
-def test_a_steady_decline_has_no_spikes() -> None:
-    assert loss_spikes([{"step": step, "loss": 3.0 / step} for step in range(1, 200)]) == []
-    assert loss_spikes([{"step": step, "loss": 2.0 + (step == 15)} for step in range(1, 30)]) == [15]
-
-
-@pytest.mark.parametrize(("last", "spikes"), [(3.7, []), (3.9, [22])])
-def test_a_noisy_loss_needs_a_higher_spike(last: float, spikes: list[int]) -> None:
-    """Losses 1.7, 2.0 and 2.3 in turn: median 2.0, median deviation 0.3; the line is at 2.0 + 6 * 0.3 = 3.8."""
-    losses = [1.7, 2.0, 2.3] * 7 + [last]
-    assert loss_spikes([{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]) == spikes
 
 
 @pytest.mark.parametrize(
@@ -244,6 +222,10 @@ def test_a_noisy_loss_needs_a_higher_spike(last: float, spikes: list[int]) -> No
         (
             lambda run: (run / "environment.json").write_text("{"),
             r"environment\.json: damaged: .*; restore or delete it",
+        ),
+        (
+            lambda run: write_lines(run / "evaluations" / "a.json", [{"kind": "evaluation", "model": "m"}]),
+            r"a\.json: damaged: it has no data, step, num_examples, .*; make it again or delete it",
         ),
         (lambda run: (run / "recipe.yaml").write_text("- a"), r"recipe\.yaml: expected a mapping, got list"),
     ],
@@ -259,6 +241,95 @@ def test_bad_folders_are_explained(make_run: MakeRun, damage: Callable[[Path], A
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "nothing")
+
+
+def test_findings_say_what_came_out(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    assert findings(load_run(run_dir)) == []
+    evaluate_run(run_dir)
+    first, second = findings(load_run(run_dir))
+    number = r"[+−]?\d\.\d{3}"
+    three = rf"{number} \[{number}, {number}\]"
+    sure = rf"{three}, p < 0\.001"
+    assert re.fullmatch(rf"ROUGE-L before training: {three}; after: {three}, a paired change of {sure}\.", first)
+    assert re.fullmatch(rf"Correcting changed ROUGE-L by {sure}: 18 answers became better, 0 worse\.", second)
+
+
+@pytest.mark.parametrize(("other", "when"), [("base", "after"), ("trained", "before")])
+def test_findings_of_one_evaluation_say_of_what(make_run: MakeRun, other: str, when: str) -> None:
+    run_dir = make_run()
+    evaluate_run(run_dir)
+    for file in (run_dir / "evaluations").glob("*.json"):
+        if file.stem == other or file.stem.startswith("step-"):
+            file.unlink()
+    assert findings(load_run(run_dir))[0].startswith(f"ROUGE-L {when} training: 0.")
+
+
+def test_findings_of_training_alone_name_the_best_step(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    evaluate_run(run_dir)
+    for name in ("base", "trained"):
+        (run_dir / "evaluations" / f"{name}.json").unlink()
+    (sentence,) = findings(load_run(run_dir))
+    assert sentence.startswith("ROUGE-L at step 72: 0.559 [")
+    text = page_of(run_dir).text
+    assert "step 24" in text and "step 96" in text and "step 48" not in text  # first, best, last in the table
+
+
+def test_a_run_that_evaluates_nothing_but_its_loss(make_run: MakeRun) -> None:
+    """With `eval.best: loss` the files of evaluations/ have no scores and no behaviour."""
+    run_dir = make_run()
+    for step in (48, 96):
+        own = {"model": str(run_dir), "step": step, "loss": 2.0, "scores": {}, "behaviour": {}}
+        write_evaluation(run_dir / "evaluations", f"step-{step:08d}", make_predictions(1, 0.5), **own)
+        (run_dir / "evaluations" / f"step-{step:08d}.predictions.jsonl").write_text("")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "best.json").write_text('{"step": 48, "metric": "loss", "value": 2.0}')
+    page = page_of(run_dir)
+    assert "best, step 48" in page.text and "How the answers are" not in page.text
+    assert "What it answers" not in page.text
+
+
+def test_costs_add_up(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    edit_rows(run_dir, lambda row: {"checkpoint_seconds": 50.0} if row["step"] in (25, 49) else {})
+    run = load_run(run_dir)
+    assert [(part.name, part.text, part.percent) for part in time_parts(run)] == [
+        ("train", "3m12s, 48%", 48.0), ("generate", "1m48s, 27%", 27.0), ("save", "1m40s, 25%", 25.0)
+    ]  # fmt: skip
+    assert [(part.name, part.text, round(part.percent)) for part in memory_parts(run.rows)] == [
+        ("train", "3.00 GiB", 100), ("generate", "1.00 GiB", 33), ("optimizer", "2.00 GiB", 67)
+    ]  # fmt: skip
+    facts = dict(generation_facts(run))
+    assert facts["model calls"] == "1,440"  # 12 rounds * 120
+    assert facts["tokens made final by a pass"] == "2.50" and facts["guesses that were right"] == "25%"
+    assert facts["redraws that changed the token; theory's bound"] == "30%; 40%"
+
+
+def test_the_recipe_at_a_glance(make_run: MakeRun) -> None:
+    facts = dict(key_facts(load_run(make_run())))
+    assert facts["model"] == BASE and facts["data"] == "train.jsonl" and facts["trained weights"] == "all"
+    assert facts["mix rate"] == "0.25, linear" and facts["ran on"] == "2 ranks, cpu, ZeRO 3"
+    assert facts["corrections"] == "towards the reference, weight 1" and facts["began"] == "2026-01-31 12:00"
+
+
+def test_the_gap_of_one_model(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    (run_dir / "gap").mkdir()
+    gap = make_gap([("mine", str(run_dir))], changes=(0.5,))
+    (run_dir / "gap" / "gap.json").write_text(json.dumps(gap))
+    text = page_of(run_dir).text
+    assert "A gold token costs mine 0.500 more nats after its own tokens than after gold ones." in text
+
+
+def test_a_comparison_is_shown(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    evaluate_run(run_dir)
+    change = {"rougeL": {"mean": -0.0125, "low": -0.02, "high": -0.005, "p_value": 0.0102}}
+    sides = {"before": {"model": "A"}, "after": {"model": "B"}}
+    (run_dir / "evaluations" / "a-b.json").write_text(json.dumps({"kind": "comparison", **sides, "difference": change}))
+    text = page_of(run_dir).text
+    assert re.search(r"a-b: B against A.*ROUGE-L\s*−0\.013 \[−0\.020, −0\.005\]\s*p = 0\.010", text, re.DOTALL)
 
 
 def test_rounds_are_summed_up() -> None:
