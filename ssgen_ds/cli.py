@@ -34,6 +34,7 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1.0)]
 Batch = Annotated[str, typer.Option(help="Sequences decoded together on a rank; auto: as many as memory allows.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples.")]
 Prompt = Annotated[str | None, typer.Option(help="Prompt template over the columns; default: the run's.")]
+Reference = Annotated[str | None, typer.Option(help="Column of the gold answers; default: the run's, or completion.")]
 DeepSpeedFile = Annotated[
     str | None, typer.Option("--deepspeed", help="DeepSpeed file; with ZeRO-3 the ranks share the model.")
 ]
@@ -127,6 +128,83 @@ def generate(
 
     where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed)
     run(where, AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed, correct), out)
+
+
+@app.command()
+def evaluate(
+    model: ModelPath,
+    data: DataFile,
+    metrics: Annotated[str, typer.Option(help="rouge, em, f1, math, or your own module:function.")] = "rouge,em",
+    out: Annotated[Path | None, typer.Option(help="JSON to write; default: in the run's evaluations/.")] = None,
+    correct: Correct = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt, averaged.")] = 1,
+    seed: int = 0,
+    batch: Batch = "auto",
+    limit: Limit = None,
+    prompt: Prompt = None,
+    reference: Reference = None,
+    deepspeed: DeepSpeedFile = None,
+) -> None:
+    """Answer, score with confidence intervals, and keep every prediction. Goes on where it was stopped."""
+    from ssgen_ds.evaluate.answers import AnswerSettings
+    from ssgen_ds.evaluate.run import evaluate as run
+    from ssgen_ds.inference import InferenceSettings
+
+    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed, reference)
+    how = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed, correct, samples)
+    run(where, how, [name.strip() for name in metrics.split(",") if name.strip()], out)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="F.json of `ssgen evaluate`.", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="That of another model, on the same examples.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Compare two evaluations of the same examples, paired: differences, intervals, p-values."""
+    import json
+
+    from ssgen_ds.evaluate.compare import compare as run
+    from ssgen_ds.evaluate.table import print_comparison
+
+    result = run(before, after)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_comparison(result)
+
+
+@app.command()
+def gap(
+    model: Annotated[
+        list[str], typer.Option("--model", help="As for generate; several times: all in one figure, against the first.")
+    ],
+    data: DataFile,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: gap/ in a single run's folder.")] = None,
+    rates: Annotated[str, typer.Option(help="Mix rates; 0 and 1 are always among them.")] = "0,.05,.1,.25,.5,1",
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: int = 0,
+    batch: Batch = "auto",
+    limit: Limit = 256,
+    prompt: Prompt = None,
+    reference: Reference = None,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Not the base of a single trained model.")] = False,
+    deepspeed: DeepSpeedFile = None,
+) -> None:
+    """Measure the training-inference gap: gold tokens after gold contexts and after the model's own."""
+    from ssgen_ds.evaluate.gap import GapSettings
+    from ssgen_ds.gap import gap as run
+    from ssgen_ds.gap import parse_rates
+    from ssgen_ds.inference import InferenceSettings
+
+    where = InferenceSettings("", data, prompt, limit, _batch(batch), deepspeed, reference)
+    run(model, where, GapSettings(parse_rates(rates), temperature, top_k, top_p, seed), out, with_base=not no_base)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ from ssgen_ds.selfgen.filters import Sampling
 from ssgen_ds.selfgen.fixed_point import count_mismatches, sample_fixed_point
 from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 _VERIFIED = 8  # requests drawn once more in lower precision: all their logits are in memory at once
 SHARDED, GATHERED, LOCAL, DEQUANTIZED = "sharded", "gathered", "local", "dequantized"
@@ -42,7 +44,11 @@ class BatchLimit:
     def rows_for(self, requests: list[Request]) -> int:
         """Rows whose caches fit, each as long as the longest request; at least one."""
         longest = max((len(request.prompt_ids) + len(request.coins) for request in requests), default=0)
-        needed = max(1, longest * self.bytes_per_token)
+        return self.rows_of(longest)
+
+    def rows_of(self, length: int) -> int:
+        """Rows of so many tokens each; at least one."""
+        needed = max(1, length * self.bytes_per_token)
         return int(max(1, min(self.rows, self.cache_bytes // needed)))
 
 
@@ -113,7 +119,8 @@ class EngineSampler:
             raise GenerationInterrupted
         return somebody_calls
 
-    def _before_sampling_call(self) -> None:
+    def before_call(self) -> None:
+        """What `share` runs before each of its model calls. Raises GenerationInterrupted."""
         self.world.phases.tick("pass")
         if self.strategy != SHARDED and self.world.stop.is_set:
             raise GenerationInterrupted
@@ -134,29 +141,39 @@ class EngineSampler:
         """
         start = time.perf_counter()
         world = self.world
-        indices = deal(requests, world.rank, world.size)
-        with self.ready():
-            try:
-                on_done = _progress_of_all(progress, world.size, len(requests))
-                mine = self._sample_mine([requests[i] for i in indices], requests, sampling, block, on_done)
-            except GenerationInterrupted:
-                if self.strategy == SHARDED:
-                    raise  # all ranks have left before the same call
-                mine = None
-            except NonFiniteError as error:  # the others may not know yet: they are told below
-                mine = f"generation on rank {world.rank}: {error}; the weights overflow or hold NaN"
-            self.finish()
+        mine = [requests[i] for i in deal(requests, world.rank, world.size)]
+        on_done = _progress_of_all(progress, world.size, len(requests))
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
-        for rank, part in enumerate(world.gather(mine)):
-            if part is None:
-                raise GenerationInterrupted
-            if isinstance(part, str):
-                raise NonFiniteError(part)
-            results, cost = part
+        parts = self.share(lambda: self._sample_mine(mine, requests, sampling, block, on_done))
+        for rank, (results, cost) in enumerate(parts):
             results_by_index.update(zip(deal(requests, rank, world.size), results, strict=True))
             total.add(cost)
         return [results_by_index[i] for i in range(len(requests))], total, time.perf_counter() - start
+
+    def share(self, work: Callable[[], T]) -> list[T]:
+        """Each rank does its part of some work; every rank gets what all of them made, in rank order.
+
+        A part makes any number of model calls, each after a `before_call`. Raises on all ranks what `sample` does.
+        """
+        result, problem = None, None
+        with self.ready():
+            try:
+                result = work()
+            except GenerationInterrupted as stopped:
+                if self.strategy == SHARDED:
+                    raise  # all ranks have left before the same call
+                problem = stopped
+            except NonFiniteError as error:  # the others may not know yet: they are told below
+                problem = NonFiniteError(
+                    f"generation on rank {self.world.rank}: {error}; the weights overflow or hold NaN"
+                )
+            self.finish()
+        parts = self.world.gather((result, problem))
+        for _, problem in parts:
+            if problem is not None:
+                raise problem
+        return [result for result, _ in parts]
 
     def _sample_mine(
         self,
@@ -166,7 +183,7 @@ class EngineSampler:
         block: int | None,
         on_done: Callable[[int], None],
     ) -> tuple[list[Sampled], SamplerStats]:
-        model = CachedCausalLM(self.module, self._before_sampling_call)
+        model = CachedCausalLM(self.module, self.before_call)
         rows, device = self.limit.rows_for(everyones), self.world.device
         results, stats = sample_fixed_point(model, mine, sampling, block, device, rows, on_done)
         if self.module.dtype != torch.float32:

@@ -23,6 +23,7 @@ from ssgen_ds.selfgen.requests import Request
 from ssgen_ds.step import train_step
 from ssgen_ds.train import fit_and_export
 from ssgen_ds.window import Packing, Sequence, build_window
+from tests.distributed.gap_cases import gap_case
 from tests.distributed.numerics_cases import (
     Case,
     fresh,
@@ -166,4 +167,5 @@ CASES: dict[str, Callable[[World, Path], Any]] = {
     **{f"uneven-local-{number}": uneven_case(0, number) for number in (1, 5)},
     **{f"parameters-{strategy}": parameters_case(strategy) for strategy in STRATEGIES},
     "auto-block": auto_block_case,
+    **{f"gap-{strategy}": gap_case(strategy, PARTITIONED) for strategy in STRATEGIES},
 }

@@ -50,3 +50,15 @@ def test_auto_block_is_agreed_measured_once_and_kept(results):
     assert result["strategy"] == "gathered"  # a tiny model fits
     assert result["times"][0] == result["times"][1]
     assert any("measured when the run began" in line for line in result["lines"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_gap_is_that_of_one_process(results, strategy):
+    """Its own contexts and another model's; a stop that one rank is asked for ends it on all."""
+    result = results[f"gap-{strategy}"]
+    assert result["same_contexts"]
+    assert result["largest_difference"] < 1e-4
+    assert result["shared_differs"]
+    assert result["digests"][0] == result["digests"][1]
+    assert result["stopped"] == [True, True]
+    assert result["statuses"] == ["NOT_AVAILABLE"]
