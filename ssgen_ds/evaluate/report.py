@@ -97,7 +97,8 @@ def findings(run: Run) -> list[str]:
     if base is None or metric not in base.scores:
         sentences = [f"{title} {place}: {interval(one.scores[metric])}."]
     else:
-        text = f"{title} before training: {interval(base.scores[metric])}; after: {interval(one.scores[metric])}"
+        after = "after" if one.correction is None else "after, corrected"
+        text = f"{title} before training: {interval(base.scores[metric])}; {after}: {interval(one.scores[metric])}"
         change = paired_change(base, one, metric)
         paired = change and f", a paired change of {interval(change, '+')}, {probability(change['p_value'])}"
         sentences = [f"{text}{paired or ''}."]

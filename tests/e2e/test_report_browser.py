@@ -70,7 +70,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run that was evaluated and whose gap was measured, with a warning and long words in it."""
-    run_dir = make_run(tmp_path_factory.mktemp("run") / f"a-run-with-{'a-very-long-' * 8}name")
+    run_dir = make_run(tmp_path_factory.mktemp("run") / f"a_run_with_{'a_very_long_' * 8}name")
     evaluate_run(run_dir)
     (run_dir / "attempts.jsonl").write_text(f'{{"outcome": "failed", "reason": "/a/{"long/" * 40}path"}}\n')
     return write_report(run_dir)

@@ -251,7 +251,9 @@ def test_findings_say_what_came_out(make_run: MakeRun) -> None:
     number = r"[+−]?\d\.\d{3}"
     three = rf"{number} \[{number}, {number}\]"
     sure = rf"{three}, p < 0\.001"
-    assert re.fullmatch(rf"ROUGE-L before training: {three}; after: {three}, a paired change of {sure}\.", first)
+    assert re.fullmatch(
+        rf"ROUGE-L before training: {three}; after, corrected: {three}, a paired change of {sure}\.", first
+    )
     assert re.fullmatch(rf"Correcting changed ROUGE-L by {sure}: 18 answers became better, 0 worse\.", second)
 
 
