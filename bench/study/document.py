@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 from bench.study.plots import LABELS
+from bench.study.tasks import MODULUS, TASKS
 
 TITLES = {
     "reverse": "Reverse and substitute: the gold token is a function of one place of the prompt",
     "sort": "Sorting: the gold token follows from the whole prompt, most easily from the token before",
-    "sums": "Running sums modulo 10, written out: the right next step depends on the token before",
+    "sums": "Running sums, written out: the right next step depends on the token before",
 }
 
 
@@ -19,7 +21,14 @@ def write_document(summary: dict[str, Any], path: Path) -> None:
     discussion = Path(__file__).with_name("discussion.md").read_text(encoding="utf-8").strip()
     parts = [_head(summary), discussion, _image("length", "Exact match against length"), _image("gap", "Gap curves")]
     for task, entries in tasks.items():
-        parts += [f"### {TITLES[task]}", _size(summary, task), _answers(entries), _corrections(entries), _gap(entries)]
+        parts += [
+            f"### {TITLES[task]}",
+            _size(summary, task),
+            _answers(entries),
+            _corrections(entries),
+            _generated(entries),
+            _gap(entries),
+        ]
     parts += ["### What a method costs", _costs(tasks)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -40,9 +49,9 @@ def _head(summary: dict[str, Any]) -> str:
         "hence the same gold tokens; a seed sets initialisation, order of the data and noise. "
         f"{settings['eval_each']} held-out prompts of each length, the same noise for all models. "
         f"Machine: {machine['device']}, {machine['cores']} cores, one thread a run; {packages}.\n\n"
-        "Differences to SFT are in points of exact match (mean over seeds and prompts) with a 95 % interval from a "
-        "paired bootstrap over prompts and seeds; each seed's difference is given, for three seeds say little about a "
-        "fourth."
+        "Differences are in points of exact match, to the SFT runs of the same seeds: the mean over seeds and prompts, "
+        "[a 95 % interval from a paired bootstrap over prompts and seeds], (each seed's), for three seeds say little "
+        "about a fourth. A corrected answer is compared with what SFT answers at once."
     )
 
 
@@ -53,7 +62,9 @@ def _image(name: str, text: str) -> str:
 def _size(summary: dict[str, Any], task: str) -> str:
     size = summary["settings"]["tasks"][task]
     low, high = size["train_lengths"]
+    prompt, answer = TASKS[task](random.Random(0), 4)
     return (
+        f"For instance `{prompt}` becomes `{answer}`{f', modulo {MODULUS}' if task == 'sums' else ''}. "
         f"{size['num_train']} training examples of {low} to {high} {'digits' if task == 'sums' else 'letters'}, "
         f"{size['steps']} steps, peak learning rate {size['lr']:g}; evaluated at "
         f"{', '.join(map(str, size['eval_lengths']))}."
@@ -62,7 +73,7 @@ def _size(summary: dict[str, Any], task: str) -> str:
 
 def _answers(entries: dict[str, Any]) -> str:
     lines = [
-        "| method | greedy | less SFT | sampled | less SFT | token accuracy after gold; free-running |",
+        "| method | greedy | difference to SFT | sampled | difference to SFT | tokens after gold; free-running |",
         "|---|---|---|---|---|---|",
     ]
     for method, entry in entries.items():
@@ -92,6 +103,23 @@ def _corrections(entries: dict[str, Any]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def _generated(entries: dict[str, Any]) -> str:
+    lines = [
+        "What training generated, from the first to the last quarter of the run, in percent:",
+        "",
+        "| method | tokens in contexts that are not gold | drafts that are right already |",
+        "|---|---|---|",
+    ]
+    for method, entry in entries.items():
+        if found := entry["generated"]:
+            cells = [
+                ", ".join(_percent(share) for share in found[name]) if name in found else ""
+                for name in ("wrong_in_context", "drafts_right")
+            ]
+            lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
 def _gap(entries: dict[str, Any]) -> str:
     rates = list(next(iter(entries.values()))["gap"]["own"])
     lines = [
@@ -109,8 +137,8 @@ def _gap(entries: dict[str, Any]) -> str:
 def _costs(tasks: dict[str, Any]) -> str:
     """Per step, medians over seeds."""
     lines = [
-        "Seconds a step, training + generation (median over seeds), and the multiple of SFT. Runs shared the machine, "
-        "so compare multiples rather than seconds. A model this small makes calls dear against arithmetic.",
+        "Processor time of a run over its steps as a multiple of SFT's, and the share of generation in the run's time "
+        "(medians over seeds). So small a model makes calls dear against arithmetic.",
         "",
         f"| method | {' | '.join(tasks)} |",
         "|---" * (len(tasks) + 1) + "|",
@@ -123,8 +151,8 @@ def _costs(tasks: dict[str, Any]) -> str:
                 cells.append("")
                 continue
             seconds, base = entries[method]["seconds"], entries["sft"]["seconds"]
-            train, generation = seconds["step"], seconds["generation_per_step"]
-            cells.append(f"{train:.3f} + {generation:.3f} ({(train + generation) / base['step']:.1f}x)")
+            ratio = seconds["cpu_per_step"] / base["cpu_per_step"]
+            cells.append(f"{ratio:.2f}x ({1000 * seconds['cpu_per_step']:.0f} ms), {seconds['generation_share']:.0%}")
         lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

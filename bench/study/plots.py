@@ -23,6 +23,7 @@ LABELS = {
     "rac": "RAC",
     "bss+rac": "BSS .1 + RAC",
 }
+TITLES = {"reverse": "reverse and substitute", "sort": "sort", "sums": "running sums, written out"}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -70,7 +71,10 @@ def draw_gap(summary: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(y)), list(entry["gap"][contexts]))
         axes.set_xlabel("mix rate of the context")
 
-    rows = ("nats more than SFT,\neach on its own contexts", "nats more than SFT,\nall on SFT's contexts")
+    rows = (
+        "NLL of gold above SFT's, nats:\neach on its own contexts",
+        "NLL of gold above SFT's, nats:\nall on SFT's contexts",
+    )
     _grid(summary, path, draw, rows)
 
 
@@ -90,7 +94,7 @@ def _grid(summary: dict[str, Any], path: Path, draw: Any, rows: tuple[str, ...])
                 draw(grid[row][column], task, row)
                 if column == 0:
                     grid[row][column].set_ylabel(label)
-            grid[0][column].set_title(task)
+            grid[0][column].set_title(TITLES[task])
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)

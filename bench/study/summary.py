@@ -94,13 +94,32 @@ def summarize_method(ours: Results, base: Results, lengths: tuple[int, ...], eac
         }
         for contexts in ("own", "sft")
     }
-    entry["seconds"] = {
-        "step": float(np.median([r["seconds"]["steps"] / r["seconds"]["num_steps"] for r in ours])),
-        "generation_per_step": float(np.median([r["seconds"]["generation"] / r["seconds"]["num_steps"] for r in ours])),
-        "run": float(np.median([result["seconds"]["train"] for result in ours])),
-        "seeds": [result["seconds"] for result in ours],
-    }
+    entry["generated"] = _generated([result["generated"] for result in ours if "generated" in result])
+    entry["seconds"] = _costs(ours)
     return entry
+
+
+def _generated(results: list[Results]) -> dict[str, list[float]]:
+    """What training generated, by quarter of the run, means over seeds; {} for SFT."""
+    quarters = list(zip(*results, strict=True))
+    names = [name for name, value in quarters[0][0].items() if value is not None] if quarters else []
+    return {name: [float(np.mean([run[name] for run in quarter])) for quarter in quarters] for name in names}
+
+
+def _costs(results: Results) -> dict[str, Any]:
+    """Medians over seeds. Processor seconds hold starting and exporting the run, some 3 s, and do not depend on what
+    else the machine does; clock seconds do, but the share of generation in them does hardly."""
+    times = [result["seconds"] for result in results]
+    return {
+        "cpu_per_step": float(
+            np.median([time["train_cpu"] / time["num_steps"] for time in times if "train_cpu" in time])
+        ),
+        "generation_share": float(
+            np.median([time["generation"] / (time["generation"] + time["steps"]) for time in times])
+        ),
+        "clock_per_run": float(np.median([time["train"] for time in times])),
+        "runs": times,
+    }
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

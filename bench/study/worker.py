@@ -48,10 +48,10 @@ def do(run: Run, settings: Settings, folder: Path, world: World) -> dict[str, An
     recipe = recipe_of(run, settings, folder)
     run_dir = Path(recipe.output_dir)
     shutil.rmtree(run_dir, ignore_errors=True)  # what a stopped study has left
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     with open(folder / f"{run.name}.log", "w", encoding="utf-8") as log, redirect_stdout(log):
         fit_and_export(recipe, world)
-    trained = time.perf_counter()
+    trained, cpu = time.perf_counter(), time.process_time() - started_cpu
     answer = max_answer(settings.tasks[run.task], run.task)
     subject = Subject(run_dir / "model", folder / f"{run.task}-eval.jsonl", answer, world)
     corrects = recipe.method.uses_rac
@@ -59,8 +59,8 @@ def do(run: Run, settings: Settings, folder: Path, world: World) -> dict[str, An
     found, own = measure(subject, corrects, sft)
     if run.method == "sft":
         (run_dir / "contexts.json").write_text(json.dumps(list(own.items())), encoding="utf-8")
-    times = _times(run_dir) | {"train": trained - started, "measure": time.perf_counter() - trained}
-    result = {**asdict(run), "seconds": times, **found}
+    times = _times(run_dir) | {"train": trained - started, "train_cpu": cpu, "measure": time.perf_counter() - trained}
+    result = {**asdict(run), "seconds": times, "generated": _generated(run_dir), **found}
     path = result_path(folder, run)
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".partial").write_text(json.dumps(result), encoding="utf-8")
@@ -73,6 +73,27 @@ def do(run: Run, settings: Settings, folder: Path, world: World) -> dict[str, An
 def _contexts_of_sft(folder: Path, run: Run) -> dict[float, list[list[int]]]:
     file = folder / "runs" / Run(run.task, "sft", run.seed).name / "contexts.json"
     return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _generated(run_dir: Path) -> list[dict[str, float | None]]:
+    """By quarter of the run: the share of drafts that are the gold answer, and of context tokens that are not gold."""
+    from ssgen_ds.selfgen.store import read_round
+
+    rounds = [read_round(path) for path in sorted((run_dir / "selfgen").glob("round-*.parquet"))]
+    quarters, pieces = [], min(4, len(rounds))
+    for number in range(pieces):
+        part = rounds[number * len(rounds) // pieces : (number + 1) * len(rounds) // pieces]
+        records = [record for group in part for record in group]
+        drafts = [record.draft_ids == record.gold_ids[:-1] for record in records if record.draft_ids is not None]
+        pairs = [(record.mixed_ids, record.gold_ids) for record in records if record.mixed_ids is not None]
+        wrong = sum(a != b for mixed, gold in pairs for a, b in zip(mixed, gold, strict=True))
+        quarters.append(
+            {
+                "drafts_right": sum(drafts) / len(drafts) if drafts else None,
+                "wrong_in_context": wrong / sum(len(gold) for _, gold in pairs) if pairs else None,
+            }
+        )
+    return quarters
 
 
 def _times(run_dir: Path) -> dict[str, float]:

@@ -39,6 +39,10 @@ def test_every_run_trains_and_measures(done):
         assert ("greedy_corrected" in result) == (method == "bss+rac")
         assert result["seconds"]["num_steps"] == 3
         assert (result["seconds"]["generation"] > 0) == (method != "sft")
+        assert len(result["generated"]) == (0 if method == "sft" else 2), "two rounds were made"
+    late = results["bss .25 constant"]["generated"][1]
+    assert 0 < late["wrong_in_context"] < 0.5 and late["drafts_right"] is None
+    assert results["bss+rac"]["generated"][1]["drafts_right"] == 0.0, "three steps teach nothing"
     sft, bss = results["sft"]["gap"], results["bss .25 constant"]["gap"]
     assert sft["own"] == sft["sft"]
     assert bss["own"]["0.0"] == bss["sft"]["0.0"] and bss["own"]["1.0"] != bss["sft"]["1.0"]
