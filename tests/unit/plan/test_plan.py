@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_each_recipe_fits_the_hardware_that_it_names(path):
     assert result.exit_code == 0, result.output
     plan = json.loads(result.output.strip().splitlines()[-1])
     assert plan["fits"] and plan["changes"] is None
-    assert plan["seconds"]["step"] > 0
+    assert plan["seconds"]["step"] > 0 and plan["seconds"]["round"] > 0
+    told = re.findall(rf"^\| \[{path.stem}\].*\| ([0-9.]+) GiB \|$", Path("docs/plan.md").read_text(), re.MULTILINE)
+    assert told == ([] if path.parent.name == "paper" else [f"{plan['peak'] / GIB:.1f}"])
     assert "shape shipped with ssgen" in plan["model"]
 
 
