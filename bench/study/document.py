@@ -37,11 +37,14 @@ def write_document(summary: dict[str, Any], path: Path) -> None:
 def _head(summary: dict[str, Any]) -> str:
     settings, machine = summary["settings"], summary["machine"]
     runs = sum(len(entry["seeds"]) for entries in summary["tasks"].values() for entry in entries.values())
+    seconds = [entry["seconds"] for entries in summary["tasks"].values() for entry in entries.values()]
+    minutes = sum(item["cpu_per_step"] * run["num_steps"] for item in seconds for run in item["runs"]) / 60
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "deepspeed", "transformers"))
     return (
         "## Controlled study\n\n"
         "<!-- Written by `make study-controlled`; change bench/study/ instead. -->\n\n"
-        f"Made by `make study-controlled` ({runs} runs; `python -m bench.study.run --summary` writes this page "
+        f"Made by `make study-controlled` ({runs} runs, {minutes:.0f} minutes of processor time for training; "
+        "`python -m bench.study.run --summary` writes this page "
         "anew from runs that are there); all figures are in "
         "[bench/results/study-controlled.json](../bench/results/study-controlled.json). Llamas of "
         f"{settings['layers']} layers and width {settings['width']} are trained from scratch by the product's own "
