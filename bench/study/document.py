@@ -108,7 +108,8 @@ def _corrections(entries: dict[str, Any]) -> str:
 
 def _generated(entries: dict[str, Any]) -> str:
     lines = [
-        "What training generated, from the first to the last quarter of the run, in percent:",
+        "What training generated, from the first to the last quarter of the run, in percent (mean over the runs that "
+        "recorded it):",
         "",
         "| method | tokens in contexts that are not gold | drafts that are right already |",
         "|---|---|---|",
@@ -141,7 +142,7 @@ def _costs(tasks: dict[str, Any]) -> str:
     """Per step, medians over seeds."""
     lines = [
         "Processor time of a run over its steps as a multiple of SFT's, and the share of generation in the run's time "
-        "(medians over seeds). So small a model makes calls dear against arithmetic.",
+        "(medians over the runs that recorded it). So small a model makes calls dear against arithmetic.",
         "",
         f"| method | {' | '.join(tasks)} |",
         "|---" * (len(tasks) + 1) + "|",

@@ -94,6 +94,7 @@ def summarize_method(ours: Results, base: Results, lengths: tuple[int, ...], eac
         }
         for contexts in ("own", "sft")
     }
+    # The first results of a study that has gone on since were without these two.
     entry["generated"] = _generated([result["generated"] for result in ours if "generated" in result])
     entry["seconds"] = _costs(ours)
     return entry
