@@ -1,7 +1,8 @@
-"""A run that crashes at the same step again and again is stopped: `attempts.jsonl` remembers each start and its end.
+"""A run that starts again and again without getting further is stopped: `attempts.jsonl` remembers its starts and ends.
 
-{"step": 12, "recipe": "5f0c...", "job": "4711", "time": ...}                      a start, from step 12
-{"outcome": "failed", "reason": "rank 1 on n2, backward of step 13: ...", ...}     how it ended; absent after a kill
+{"recipe": "5f0c...", "job": "4711", "time": ...}                                a start
+{"step": 12, "time": ...}                                                        where it goes on from, once known
+{"outcome": "failed", "reason": "rank 1 on n2, backward of step 13: ...", ...}   how it ended; absent after a kill
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,38 +28,50 @@ ATTEMPTS_FILE = "attempts.jsonl"
 FAILED, STOPPED, FINISHED = "failed", "stopped", "finished"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempts:
     """The starts of one run. Rank 0 begins an attempt; any rank may say how it ended."""
 
     file: Path
+    _earlier: list[dict[str, Any]] = field(default_factory=list, init=False)  # rows before this attempt
+    _size: int = field(default=0, init=False)  # bytes that they take
 
     @classmethod
     def of(cls, run_dir: Path) -> Attempts:
         return cls(run_dir / ATTEMPTS_FILE)
 
-    def begin(self, step: int, recipe: Recipe) -> None:
-        """Note a start from `step`. Raises UserError when the last ones by this recipe crashed without passing it."""
-        digest = hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
-        rows = read_rows(self.file) if self.file.is_file() else []
-        crashed = crashes_in_a_row(rows, step, digest)
-        limit = recipe.recovery.max_restarts
-        if limit and len(crashed) > limit:
-            raise UserError(
-                f"{self.file.parent}: started {len(crashed)} times from step {step} and never got further; the last "
-                f"time: {crashed[-1]}; mend the cause, then start it with a changed recipe, with "
-                f"recovery.max_restarts=0 (no limit), or after removing {self.file}"
-            )
+    def begin(self, recipe: Recipe) -> None:
+        """Note a start. Raises UserError when the last ones by this recipe crashed before they knew their step."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._append({"step": step, "recipe": digest, "job": os.environ.get("SLURM_JOB_ID", "")})
+        if self.file.is_file():
+            self._earlier = read_rows(self.file)
+            self._size = self.file.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.file, self._size)  # a line that a kill cut short
+        self._refuse_loops(None, recipe)
+        self._append({"recipe": _digest(recipe), "job": _job()})
+
+    def reach(self, step: int, recipe: Recipe) -> None:
+        """Note that it goes on from `step`. Raises UserError when the last ones by this recipe did not pass it."""
+        self._refuse_loops(step, recipe)
+        self._append({"step": step})
+
+    def _refuse_loops(self, step: int | None, recipe: Recipe) -> None:
+        limit = recipe.recovery.max_restarts
+        reasons = vain_starts(self._earlier, step, _digest(recipe), _job())
+        if limit and len(reasons) > limit:
+            where = "before its first step was known" if step is None else f"from step {step}"
+            raise UserError(
+                f"{self.file.parent}: started {len(reasons)} times {where} and never got further; the last time: "
+                f"{reasons[-1]}; mend the cause (if it was stopped each time: too short a time limit), then start it "
+                f"with a changed recipe, with recovery.max_restarts=0 (no limit), or after removing {self.file}"
+            )
 
     def withdraw(self) -> None:
         """The start was refused: it did not happen."""
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]
-        if lines:
-            self.file.write_text("".join(lines), encoding="utf-8")
+        if self._size:
+            os.truncate(self.file, self._size)
         else:
-            self.file.unlink()
+            self.file.unlink(missing_ok=True)
 
     def end(self, outcome: str, reason: str) -> None:
         self._append({"outcome": outcome, "reason": reason})
@@ -79,14 +92,23 @@ class Attempts:
 
 
 @contextmanager
-def attempt(step: int, recipe: Recipe, world: World) -> Iterator[None]:
-    """One attempt of the run in `output_dir`, from `step`; a rank or a watchdog that fails notes how it ended."""
-    attempts = Attempts.of(Path(recipe.output_dir))
-    world.together(lambda: attempts.begin(step, recipe) if world.is_main else None)
+def attempt(recipe: Recipe, world: World) -> Iterator[Callable[[int | None], None]]:
+    """One attempt of the run in `output_dir`; a rank or a watchdog that fails notes how it ended.
+
+    Yields what all ranks call once they know the step that training goes on from; None: there is nothing to do.
+    """
+    attempts, is_idle = Attempts.of(Path(recipe.output_dir)), False
+    world.together(lambda: attempts.begin(recipe) if world.is_main else None)
     if world.watchdog is not None:
         world.watchdog.last_words = attempts.failed
+
+    def reach(step: int | None) -> None:
+        nonlocal is_idle
+        is_idle = step is None
+        world.together(lambda: attempts.reach(step, recipe) if world.is_main and step is not None else None)
+
     try:
-        yield
+        yield reach
     except UserError:
         if world.is_main:
             attempts.withdraw()
@@ -100,20 +122,42 @@ def attempt(step: int, recipe: Recipe, world: World) -> Iterator[None]:
             attempts.failed(str(error))
         raise
     if world.is_main:
-        attempts.end(FINISHED, "")
+        attempts.withdraw() if is_idle else attempts.end(FINISHED, "")
 
 
-def crashes_in_a_row(rows: list[dict[str, Any]], step: int, recipe: str) -> list[str]:
-    """Reasons of the latest attempts that all started from this step by this recipe and crashed; oldest first."""
-    attempts: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
+def vain_starts(rows: list[dict[str, Any]], step: int | None, recipe: str, job: str) -> list[str]:
+    """Reasons why the latest starts by this recipe all ended where they had begun, at `step`; oldest first.
+
+    A start that ended before its step was known counts for any. A stop on request is no fault, but a SLURM job that
+    was stopped there and requeued itself is on its way round, too.
+    """
+    starts: list[dict[str, Any]] = []
     for row in rows:
-        if "outcome" not in row:
-            attempts.append((row, None))
-        elif attempts and attempts[-1][1] is None:  # of several ranks' last words the first counts
-            attempts[-1] = (attempts[-1][0], row)
+        if "recipe" in row:
+            starts.append({"step": None, "outcome": FAILED, "reason": _WITHOUT_A_WORD, "has_ended": False} | row)
+        elif not starts:
+            continue  # the file was cut by hand
+        elif "step" in row:
+            starts[-1]["step"] = row["step"]
+        elif not starts[-1]["has_ended"]:  # of several ranks' last words the first counts
+            starts[-1] |= row | {"has_ended": True}
     reasons: list[str] = []
-    for start, end in reversed(attempts):
-        if (start["step"], start["recipe"]) != (step, recipe) or (end is not None and end["outcome"] != FAILED):
+    for start in reversed(starts):
+        is_here = start["recipe"] == recipe and start["step"] in (None, step)
+        is_vain = start["outcome"] == FAILED or (start["outcome"] == STOPPED and job and start["job"] == job)
+        if not (is_here and is_vain):
             break
-        reasons.append(end["reason"] if end else "it ended without a word (killed, or its node was lost)")
+        reasons.append(start["reason"])
     return reasons[::-1]
+
+
+_WITHOUT_A_WORD = "it ended without a word (killed, or its node was lost)"
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.blake2b(dump_recipe(recipe).encode(), digest_size=8).hexdigest()
+
+
+def _job() -> str:
+    """SLURM's id, the same over requeues; "" outside."""
+    return os.environ.get("SLURM_JOB_ID", "")

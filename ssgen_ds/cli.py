@@ -51,10 +51,9 @@ def _batch(text: str) -> int | str:
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train by a recipe. Several processes: deepspeed, torchrun or srun with `-m ssgen_ds.train`."""
-    from ssgen_ds.config import load_recipe
     from ssgen_ds.train import train as run
 
-    run(load_recipe(recipe, overrides))
+    run(recipe, overrides or [])
 
 
 @app.command()

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -23,15 +22,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ssgen_ds.compile_lock import without_stale_locks
 from ssgen_ds.config import RecoveryConfig
 from ssgen_ds.errors import EXIT_FAILURE, NonFiniteError, RankError, RankLost, StopRequested, UserError
 from ssgen_ds.memory import PeakMemory
 from ssgen_ds.phases import Phases, phases_from_environment
 from ssgen_ds.rendezvous import Place, connect, join
-from ssgen_ds.signals import StopFlag
+from ssgen_ds.signals import StopFlag, shielded_children
 from ssgen_ds.watchdog import Watchdog
 
 T = TypeVar("T")
+_BACKEND_SLACK = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,23 @@ def map_slurm() -> None:
         return
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    if "MASTER_ADDR" not in env:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    env["LOCAL_WORLD_SIZE"] = str(_slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
+    env.setdefault("MASTER_ADDR", _first_slurm_host(env["SLURM_STEP_NODELIST"]))
     # Jobs that share a node must not share a port; the job id tells them apart.
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def _slurm_counts(text: str) -> list[int]:
+    """One number a node: `4(x2),3` is 4, 4, 3."""
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(times or 1)
+    return counts
+
+
+def _first_slurm_host(nodes: str) -> str:
+    """Of `gpu[07-08,12],login1` gpu07; scontrol would know, but a container rarely has it."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 @contextmanager
@@ -151,7 +161,8 @@ def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = 
     local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))  # LOCAL_SIZE is deepspeed's
     on_gpu = torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu"
     gpus = torch.cuda.device_count() if on_gpu else 0
-    place = Place(rank, size, local_rank, local_size, gpus, socket.gethostname())
+    gpu = _gpu_id(local_rank % gpus) if 0 < gpus < local_size else ""
+    place = Place(rank, size, local_rank, local_size, gpus, socket.gethostname(), gpu)
     store = join(place, limits.rendezvous)
     phases = phases_from_environment(rank)
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -160,7 +171,8 @@ def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = 
     watchdog.start()
     try:
         device = _device(on_gpu, local_rank % max(1, gpus), local_size)
-        control = _init_backend(store, place, device, limits.collective_timeout)
+        with shielded_children(), without_stale_locks():  # an operator may be compiled
+            control = _init_backend(store, place, device, limits.collective_timeout)
         yield World(rank, local_rank, size, device, control, phases, stop, watchdog)
     except RankError as error:
         watchdog.fail(f"rank {rank} on {place.host}: {error}")
@@ -174,6 +186,14 @@ def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = 
         watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gpu_id(index: int) -> str:
+    """Tells GPUs apart; "" when CUDA has no answer, then the same error comes up where all ranks are told."""
+    try:
+        return str(torch.cuda.get_device_properties(index).uuid)
+    except (RuntimeError, AttributeError):
+        return ""
 
 
 def _device(on_gpu: bool, index: int, local_size: int) -> torch.device:
@@ -190,13 +210,14 @@ def _device(on_gpu: bool, index: int, local_size: int) -> torch.device:
 def _init_backend(store: dist.Store, place: Place, device: torch.device, timeout_seconds: float) -> dist.ProcessGroup:
     """torch's default group and DeepSpeed's view of it; returns the control group.
 
+    The watchdog ends first where a collective hangs: the backend's own error knows this rank only, and not the phase.
     The control group's own limit is far away: rank 0 may tokenize or convert for long while the others wait there, and
     the watchdog knows a rank that works from one that hangs.
     """
     import deepspeed  # late: it reads DS_ACCELERATOR when imported
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds + _BACKEND_SLACK)
     with redirect_stdout(io.StringIO()):  # on a CPU it prints which operator it has built
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)

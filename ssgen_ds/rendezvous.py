@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ssgen_ds.errors import RankError, UserError
 
 _RETRY_SECONDS = 0.5
+_HEARD_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0  # on top of the limit: rank 0 answers after it has waited that long for the others
 
 
@@ -32,6 +33,7 @@ class Place:
     local_size: int  # ranks on this node
     gpus: int  # visible to this rank; 0 on a CPU
     host: str
+    gpu: str = ""  # the id of its own, where fewer are visible than there are ranks on the node
 
 
 def join(place: Place, seconds: float) -> dist.Store:
@@ -55,8 +57,21 @@ def join(place: Place, seconds: float) -> dist.Store:
         raise RankError(_at(place, f"rank 0 did not answer within {seconds + _ANSWER_SECONDS:.0f} s")) from None
     problems = json.loads(store.get("answer"))
     if problems:
+        _let_all_hear(store, place)
         raise UserError.from_list("the ranks do not fit together", problems)
     return store
+
+
+def _let_all_hear(store: dist.Store, place: Place) -> None:
+    """Rank 0 takes the store away when it ends: first those that came must have the answer."""
+    heard = store.add("heard", 1)
+    if place.rank != 0:
+        return
+    came = sum(store.check([f"place/{rank}"]) for rank in range(place.size))
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while heard < came and time.monotonic() < deadline:
+        time.sleep(0.05)
+        heard = store.add("heard", 0)
 
 
 def connect(place: Place, seconds: float) -> dist.TCPStore:
@@ -133,7 +148,8 @@ def misfits(places: list[Place], size: int, seconds: float) -> list[str]:
     if len(sizes) > 1:
         problems.append(f"WORLD_SIZE differs between the ranks: {', '.join(map(str, sizes))}; give every node the same")
     for host, gpus, local in sorted({(place.host, place.gpus, place.local_size) for place in places}):
-        if 0 < gpus < local:
+        own = [place.gpu for place in places if place.host == host]  # srun --gpus-per-task=1 shows each rank its own
+        if 0 < gpus < local and (not all(own) or len(set(own)) < len(own)):
             problems.append(f"{host} has {gpus} visible GPUs, but {local} ranks were started there; start {gpus}")
     counts = {place.host: place.gpus for place in places}
     if len(set(counts.values())) > 1:

@@ -23,6 +23,20 @@ class StopFlag:
 
 
 @contextmanager
+def shielded_children() -> Iterator[None]:
+    """Processes that this thread starts inside never get the stop signals.
+
+    SLURM signals every process of a job and a terminal every process of its group: the compiler of an operator would
+    die of it. Nothing is lost for this process: another thread of it gets the signal, or it waits until the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
     """Install the handlers, and put back what was there before."""
     flag = StopFlag()

@@ -13,44 +13,56 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from ssgen_ds.attempts import attempt
-from ssgen_ds.config import Recipe, load_recipe
+from ssgen_ds.errors import StopRequested
 from ssgen_ds.launch import guarded, split_arguments
-from ssgen_ds.run_lock import locked
+from ssgen_ds.signals import StopFlag, shielded_children, stop_on_signals
 
 if TYPE_CHECKING:
+    from ssgen_ds.config import Recipe
     from ssgen_ds.distributed import World
     from ssgen_ds.trainer import Trainer
 
 
-def train(recipe: Recipe) -> None:
-    """Join the ranks and run the recipe to its end, or to a requested stop."""
-    from ssgen_ds.distributed import process_group
-    from ssgen_ds.signals import stop_on_signals
+def train(recipe_file: Path, overrides: list[str]) -> None:
+    """Join the ranks and run the recipe to its end, or to a requested stop.
 
-    with (
-        stop_on_signals() as stop,
-        process_group(recipe.recovery, stop) as world,
-        locked(Path(recipe.output_dir), world),
-    ):
+    What is slow to import comes after the signal handlers: a stop is asked for at any time.
+    """
+    with stop_on_signals() as stop:
+        from ssgen_ds.config import load_recipe
+
+        _train(load_recipe(recipe_file, overrides), stop)
+
+
+def _train(recipe: Recipe, stop: StopFlag) -> None:
+    from ssgen_ds.distributed import process_group
+    from ssgen_ds.run_lock import locked
+
+    with process_group(recipe.recovery, stop) as world, locked(Path(recipe.output_dir), world):
         fit_and_export(recipe, world)
 
 
 def fit_and_export(recipe: Recipe, world: World) -> None:
     """Build, fit, export. Continues a run that was interrupted; says so when it is already finished."""
-    from ssgen_ds.build import build_trainer, lay_foundations
+    import psutil
 
-    with world.phase("prepare"):
-        foundations = lay_foundations(recipe, world)
-    if foundations is None:
-        if world.is_main:
-            print(f"{recipe.output_dir}: this run is finished; the model is in {Path(recipe.output_dir) / 'model'}")
-        return
-    with attempt(foundations.state.step, recipe, world):
-        with world.phase("load"):
+    from ssgen_ds.attempts import attempt
+    from ssgen_ds.build import build_trainer, lay_foundations
+    from ssgen_ds.compile_lock import without_stale_locks
+
+    with attempt(recipe, world) as reach:
+        with world.phase("prepare"), shielded_children():
+            foundations = lay_foundations(recipe, world)
+        if foundations is None:
+            reach(None)
+            if world.is_main:
+                print(f"{recipe.output_dir}: this run is finished; the model is in {Path(recipe.output_dir) / 'model'}")
+            return
+        reach(foundations.state.step)
+        _stop_if_asked(foundations.state.step, world)
+        with world.phase("load"), shielded_children(), without_stale_locks():
             trainer = build_trainer(foundations, world)
+        _stop_if_asked(foundations.state.step, world)
         if foundations.checkpoint is not None:
             seconds = time.time() - psutil.Process().create_time()
             trainer.progress.message(f"resumed at step {foundations.state.step}, {seconds:.1f} s after the start")
@@ -62,6 +74,12 @@ def fit_and_export(recipe: Recipe, world: World) -> None:
                 trainer.logbook.close()
         with world.phase("export", trainer.total_steps):
             export(recipe, foundations.inputs.tokenizer, trainer, world)
+
+
+def _stop_if_asked(step: int, world: World) -> None:
+    """Before anything was trained. Raises StopRequested on all ranks when one was asked to stop."""
+    if world.any(world.stop.is_set):
+        raise StopRequested(f"stopped on request before anything was trained after step {step}: start again to go on")
 
 
 def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> None:
@@ -85,7 +103,7 @@ def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> No
 
 def main(arguments: list[str]) -> None:
     positional, overrides = split_arguments(arguments, usage="RECIPE [key=value ...]", expected=1)
-    train(load_recipe(positional[0], overrides))
+    train(Path(positional[0]), overrides)
 
 
 if __name__ == "__main__":

@@ -53,14 +53,16 @@ class Beat:
         return f"rank {self.rank} on {self.host}"
 
 
-def judge(beats: list[Beat], limits: RecoveryConfig) -> str | None:
-    """What is wrong, in a sentence; None while all is well."""
+def judge(beats: list[Beat], limits: RecoveryConfig, knows_all: bool = True) -> str | None:
+    """What is wrong, in a sentence; None while all is well. Only who knows all ranks can miss the progress of all."""
     silent = [beat for beat in beats if beat.silent > limits.rank_silence]
     waiting = next((beat for beat in beats if beat not in silent), None)
     if silent:
         lost = "; ".join(f"{b.name}: no sign of life for {b.silent:.0f} s, last in {b.place}" for b in silent[:8])
         more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
         return f"{lost}{more}" + (f" (rank {waiting.rank} waits in {waiting.place})" if waiting else "")
+    if not knows_all:
+        return None
     patience = SETUP_PATIENCE if any(beat.in_setup for beat in beats) else 1
     idle = min(beat.idle for beat in beats)
     if idle > patience * limits.collective_timeout:
@@ -208,7 +210,7 @@ class Watchdog:
                 last = f", last seen in {beats[0].place}" if beats else ""
                 text = f"rank 0: its store has not answered for {unanswered:.0f} s{last} ({self._self()})"
                 self._end(text, speak=self.rank == 1 or self.local_rank == 0)
-            text = judge(beats, self.limits) if beats else None
+            text = judge(beats, self.limits, knows_all=self.rank == 0) if beats else None
             if text is None:
                 continue
             if self.rank == 0:

@@ -24,7 +24,7 @@ def complete(run_dir: Path) -> list[str]:
 def outcomes(run_dir: Path) -> list[tuple[int, str]]:
     """Of each start: the step that it began from, and how it ended."""
     lines = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
-    starts = [line["step"] for line in lines if "outcome" not in line]
+    starts = [line["step"] for line in lines if "step" in line]
     return list(zip(starts, [line["outcome"] for line in lines if "outcome" in line], strict=False))
 
 

@@ -139,6 +139,28 @@ def test_a_signal_to_one_rank_in_a_generation_stops_all(
     assert "resumed at step 2" in assert_goes_on(folder, name, reference).stdout
 
 
+def test_a_signal_while_the_libraries_are_imported(folder: Path) -> None:
+    """The handlers stand before the imports, which take longer than all else of a start; nothing was trained."""
+    name = "early"
+    process = start([sys.executable, "-m", "ssgen_ds.train", str(recipe_file(folder, name))])
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(process, lambda: "libtorch" in maps.read_text())
+    process.send_signal(signal.SIGUSR1)
+    result = finish(process, LIMIT)
+    assert result.returncode == 75, result
+    assert "stopped on request before anything was trained" in result.stderr
+    assert rows(folder / "runs" / name) == []
+
+
+def test_ranks_that_wait_for_each_other_are_named(folder: Path) -> None:
+    """No rank is silent, none makes progress: the limit on collectives, with the phase of each."""
+    settings = {"recovery__collective_timeout": 15, "recovery__rank_silence": 60}
+    result = train(folder, "waiting", "delay=100@backward:1:3", **settings)
+    assert result.returncode != 0
+    assert "error: no rank has made progress for " in result.stderr, result
+    assert "ranks 0, 1 in backward of step 3" in result.stderr, "of both, not of one"
+
+
 # F15, one error on one rank -------------------------------------------------------------------------------------------
 
 
@@ -149,7 +171,7 @@ def test_a_crash_loop_is_stopped_with_its_reason(folder: Path) -> None:
     assert [result.returncode for result in results] == [1, 1, 1]  # torchrun turns 2 into 1
     assert "RuntimeError: injected in optimizer at step 3" in results[0].stderr
     attempts = [json.loads(line) for line in (folder / "runs" / name / "attempts.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in attempts if "outcome" not in row] == [0, 2, 2]
+    assert [row["step"] for row in attempts if "step" in row] == [0, 2, 2]
     again = train(folder, name, fault, recovery__max_restarts=1, checkpoint__every=1)
     assert again.returncode == 1
     assert "started 2 times from step 2 and never got further" in again.stderr, again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ STEP = {
     "SLURM_JOB_ID": "40017",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
     "SLURM_NTASKS": "8",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
@@ -21,15 +21,11 @@ OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """No rank and no SLURM; `scontrol` is a script that answers as SLURM does for two nodes."""
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No rank and no SLURM."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in [name for name in os.environ if name.startswith("SLURM_")] + list(OURS):
         os.environ.pop(name, None)
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
-    scontrol.chmod(0o755)
-    os.environ["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     return monkeypatch
 
 
@@ -48,6 +44,27 @@ def test_a_task_of_srun_gets_its_rank(environment: pytest.MonkeyPatch) -> None:
         "MASTER_ADDR": "gpu07",
         "MASTER_PORT": "20017",  # 20000 + 40017 % 20000
     }
+
+
+@pytest.mark.parametrize(("node", "ranks"), [("0", "4"), ("1", "4"), ("2", "3"), ("3", "12")])
+def test_ranks_may_be_spread_unevenly(environment: pytest.MonkeyPatch, node: str, ranks: str) -> None:
+    os.environ.update(STEP, SLURM_STEP_TASKS_PER_NODE="4(x2),3,12", SLURM_NODEID=node)
+    assert mapped()["LOCAL_WORLD_SIZE"] == ranks
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[07,09-12],login1", "gpu07"),
+        ("rack[2-3]-gpu[10-12]-ib", "rack2-gpu10-ib"),
+        ("node-a,gpu[1-2]", "node-a"),
+    ],
+)
+def test_the_first_node_is_the_rendezvous(environment: pytest.MonkeyPatch, nodes: str, first: str) -> None:
+    os.environ.update(STEP, SLURM_STEP_NODELIST=nodes)
+    assert mapped()["MASTER_ADDR"] == first
 
 
 def test_a_batch_script_is_not_rank_0_of_anything(environment: pytest.MonkeyPatch) -> None:

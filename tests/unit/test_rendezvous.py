@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.rendezvous import Place, join, misfits
 
 
-def place(rank: int, size: int = 2, gpus: int = 0, host: str | None = None, local: int = 1) -> Place:
-    return Place(rank, size, 0, local, gpus, host or f"n{rank}")
+def place(rank: int, size: int = 2, gpus: int = 0, host: str | None = None, local: int = 1, gpu: str = "") -> Place:
+    return Place(rank, size, 0, local, gpus, host or f"n{rank}", gpu)
 
 
 @pytest.fixture
@@ -46,6 +48,16 @@ def test_ranks_that_fit():
     assert misfits([place(rank, 4, 2, f"n{rank // 2}", 2) for rank in range(4)], 4, 5) == []
 
 
+def test_each_rank_may_see_its_own_gpu_only():
+    own = [place(rank, 4, 1, f"n{rank // 2}", 2, gpu=f"GPU-{rank}") for rank in range(4)]
+    assert misfits(own, 4, 5) == []
+    shared = [place(rank, 4, 1, f"n{rank // 2}", 2, gpu=f"GPU-{rank // 2}") for rank in range(4)]
+    assert [problem.partition(",")[0] for problem in misfits(shared, 4, 5)] == [
+        "n0 has 1 visible GPUs",
+        "n1 has 1 visible GPUs",
+    ]
+
+
 @pytest.mark.parametrize(
     ("places", "size", "parts"),
     [
@@ -75,6 +87,32 @@ def test_uneven_nodes_are_refused_on_every_rank(port):
     told = outcomes([place(0, gpus=8), place(1, gpus=4)], 10)
     assert told[0] == told[1]
     assert "different numbers of visible GPUs" in told[0]
+
+
+def test_a_slow_rank_still_hears_why(port, monkeypatch):
+    """Rank 0 does not take the store away before: the other would see a broken connection and no reason."""
+    get = dist.PrefixStore.get
+
+    def slow(store, key):
+        if key == "answer" and threading.current_thread() is not first:
+            time.sleep(1)
+        return get(store, key)
+
+    told = []
+
+    def rank_0() -> None:
+        try:
+            join(place(0, gpus=8), 10)
+        except UserError as error:
+            told.append(str(error))
+
+    first = threading.Thread(target=rank_0)
+    monkeypatch.setattr(dist.PrefixStore, "get", slow)
+    first.start()
+    with pytest.raises(UserError, match="different numbers of visible GPUs") as caught:
+        join(place(1, gpus=4), 10)
+    first.join(30)
+    assert told == [str(caught.value)]
 
 
 def test_a_missing_rank_is_named_within_the_limit(port):

@@ -50,6 +50,11 @@ def test_one_rank_that_works_is_progress():
     assert judge([beat(0, idle=1000), beat(1, idle=99)], LIMITS) is None
 
 
+def test_who_sees_rank_0_alone_judges_its_silence_only():
+    assert judge([beat(0, idle=1e6)], LIMITS, knows_all=False) is None
+    assert "no sign of life" in judge([beat(0, silent=11)], LIMITS, knows_all=False)
+
+
 def test_preparing_may_take_longer():
     assert judge([beat(0, idle=101, setup=True), beat(1, idle=101)], LIMITS) is None
     assert "no rank" in judge([beat(0, idle=100 * SETUP_PATIENCE + 1, setup=True), beat(1, idle=1e6)], LIMITS)
