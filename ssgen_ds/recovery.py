@@ -20,7 +20,12 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
-    """What `resume` (auto | never | PATH of a checkpoint or run) means, newest first; [] to start at step 0."""
+    """What `resume` (auto | never | PATH of a checkpoint or run) means, newest first; [] to start at step 0.
+
+    It is said of a job's first start: one that was started again by SLURM or torchrun goes on from its own.
+    """
+    if is_restart() and (own := candidates(run_dir)):
+        return own
     if resume == "never":
         return []
     if resume == "auto":
@@ -59,6 +64,11 @@ def choose_checkpoint(found: list[Path], run_dir: Path, world: World) -> Path | 
     return None
 
 
+def is_restart() -> bool:
+    """Whether SLURM has requeued this job, or torchrun has started its ranks again."""
+    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
 def _set_aside(broken: dict[Path, list[str]], used: Path, run_dir: Path) -> None:
     for path, problems in broken.items():
         log.warning("%s is broken: %s", path, "; ".join(problems))
@@ -68,6 +78,12 @@ def _set_aside(broken: dict[Path, list[str]], used: Path, run_dir: Path) -> None
             os.rename(path, aside)
     if broken:
         log.warning("going on from %s", used)
+    later = [path for path in candidates(run_dir) if path.name > used.name]
+    for path in later if used.parent.parent.resolve() == run_dir.resolve() else []:
+        left = path.with_name(f"left-{path.name}")  # the new ones of these steps must not count as older than it
+        shutil.rmtree(left, ignore_errors=True)
+        os.rename(path, left)
+        log.warning("%s comes after it: renamed to %s", path, left.name)
 
 
 def check_resumable(path: Path, saved: TrainState, now: TrainState, say: Callable[[str], None]) -> TrainState:

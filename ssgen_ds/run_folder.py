@@ -16,6 +16,7 @@ import yaml
 from ssgen_ds.attempts import ATTEMPTS_FILE
 from ssgen_ds.config import Recipe, changed_keys, dump_recipe, parse_recipe
 from ssgen_ds.errors import UserError
+from ssgen_ds.recovery import is_restart
 from ssgen_ds.run_lock import LOCK_FILE, LOCK_REMNANTS
 
 PACKAGES = ("ssgen-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
@@ -34,7 +35,7 @@ def open_run(recipe: Recipe) -> None:
     if run_dir.is_dir() and set(run_dir.iterdir()) - ours:
         if not saved.is_file():
             raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
-        if recipe.resume == "never":
+        if recipe.resume == "never" and not is_restart():
             raise UserError(f"output_dir: {run_dir} holds a run and resume is never; name another, or resume=auto")
         refuse_changes(saved, recipe, f"output_dir: {run_dir} holds a run with another recipe")
 
