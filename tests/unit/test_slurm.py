@@ -44,6 +44,47 @@ def test_without_a_recipe_a_script_says_how_to_use_it(tmp_path):
     assert done.stderr == "usage: sbatch --nodes=N slurm/train.sbatch RECIPE [key=value ...]\n"
 
 
+STUBS = {
+    "scontrol": 'echo "$*" >>"$CALLS"; if [ "$2" = job ]; then echo "JobState=$STATE"; else echo n1; fi',
+    "srun": 'exit "$CODE"',
+    "getent": "true",
+    "sleep": "true",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "state", "requeued"),
+    [
+        (0, 0, "RUNNING", False),
+        (2, 0, "RUNNING", False),
+        (75, 0, "RUNNING", True),
+        (75, 99, "RUNNING", True),  # it says itself when it gets no further
+        (1, 3, "RUNNING", True),
+        (127, 4, "RUNNING", False),  # no Python: a loop that nobody else would end
+        (1, 4, "RUNNING", False),
+        (75, 0, "COMPLETING", False),  # cancelled, or SLURM requeues it itself
+    ],
+)
+def test_when_a_job_requeues_itself(tmp_path, code, restarts, state, requeued):
+    """The script itself, with SLURM's commands replaced."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"CODE": str(code), "STATE": state, "CALLS": str(tmp_path / "calls")}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(
+        ["bash", "-s", "recipe.yaml"],
+        input=SHIPPED["requeue.sbatch"].render(),
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_RESTART_COUNT": str(restarts), **variables, **job},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done
+    assert done.stderr == ""
+    assert ("requeue 7" in (tmp_path / "calls").read_text().splitlines()) == requeued
+
+
 def test_a_rendered_script_holds_everything_that_was_asked_for(tmp_path):
     (tmp_path / "my venv" / "bin").mkdir(parents=True)
     (tmp_path / "my venv" / "bin" / "activate").touch()
