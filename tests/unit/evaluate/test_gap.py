@@ -16,6 +16,7 @@ from ssgen_ds.config import ModelConfig
 from ssgen_ds.data.tokenize import Example
 from ssgen_ds.distributed import World
 from ssgen_ds.errors import NonFiniteError, UserError
+from ssgen_ds.evaluate.answers import answer_key
 from ssgen_ds.evaluate.gap import GapSettings, Measurement, Scores, context_key, measure, score
 from ssgen_ds.evaluate.gap_figure import gap_curves, save_figure, spread
 from ssgen_ds.evaluate.gap_numbers import Resamples, gap_result, position_edges
@@ -23,6 +24,7 @@ from ssgen_ds.gap import base_of, check_examples, find_folder, parse_rates, uniq
 from ssgen_ds.references import Reference
 from ssgen_ds.selfgen.bss import context_sequence, draw_coins
 from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
+from ssgen_ds.selfgen.noise import Stream, sequence_key
 from ssgen_ds.step import evaluation_loss
 from ssgen_ds.window import Packing, build_window
 from tests.support.tiny_models import tiny_model
@@ -319,3 +321,9 @@ def test_rows_without_a_response_or_too_long_are_named() -> None:
         check_examples([subject([("x",), (), ()], 6)])
     with pytest.raises(UserError, match="one has 6 tokens, and m 5 positions"):
         check_examples([subject([("x",)] * 3, 5)])
+
+
+def test_contexts_have_noise_of_their_own() -> None:
+    """Neither the answers of `generate` and `evaluate` nor training's contexts are drawn with it."""
+    others = [answer_key(0, "row", sample, turn) for sample in range(3) for turn in range(3)]
+    assert context_key(0, "row") not in [*others, sequence_key(0, Stream.BSS, "row", 0), context_key(1, "row")]
