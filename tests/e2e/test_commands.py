@@ -245,3 +245,36 @@ def test_generate_with_the_embedded_gguf_model(tmp_path: Path) -> None:
     [row] = answers(out)
     assert "Paris" in row["prediction"]
     assert "capital of France" in row["prompt"] and row["reference"] == ""
+
+
+def test_gap_before_and_after_training_alone_and_partitioned(runs: Path, tmp_path: Path) -> None:
+    """A run with its base; two models in one figure, over ZeRO-3; what cannot be compared is refused."""
+    data, alone, ranks = runs.parent / "train.jsonl", runs / "full" / "gap", tmp_path / "ranks"
+    rates = ("--data", str(data), "--rates", ".5")
+    models = ("--model", str(runs.parent / "llama"), "--model", str(runs / "full"))
+    partitioned = ("--deepspeed", "ds_configs/zero3.json", "--out", str(ranks))
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"prompt": "red"}\n', encoding="utf-8")
+    lora = ("--model", str(runs / "lora"))
+    processes = {
+        "alone": start([SSGEN, "gap", "--model", str(runs / "full"), *rates]),
+        "ranks": start(deepspeed("ssgen_ds", "gap", *models, *rates, *partitioned)),
+        "bare": start([SSGEN, "gap", *lora, "--data", str(bare), "--no-base"]),
+        "tokens": start([SSGEN, "gap", *lora, "--model", SMOLLM2, *rates, "--out", str(tmp_path)]),
+    }
+    results = {name: finish(process, LIMIT) for name, process in processes.items()}
+    assert results["alone"].returncode == results["ranks"].returncode == 0, results
+    found = [json.loads((folder / "gap.json").read_text("utf-8")) for folder in (alone, ranks)]
+    for folder, result, names in zip((alone, ranks), found, (["base", "full"], ["llama", "full"]), strict=True):
+        assert (folder / "gap.png").read_bytes().startswith(b"\x89PNG")
+        assert [model["name"] for model in result["models"]] == names
+        assert (result["kind"], result["num_examples"], result["rates"]) == ("gap", 26, [0.0, 0.5, 1.0])
+        assert [curve["contexts"] for curve in result["curves"]] == ["own", "own", names[0]]
+        assert result["curves"][0]["nll"][0] > result["curves"][1]["nll"][0], "it was trained on this"
+    for one, two in zip(*(result["curves"] for result in found), strict=True):
+        assert one["nll"] == pytest.approx(two["nll"], abs=1e-4)
+        assert one["changed_share"] == two["changed_share"]
+    assert str(alone / "gap.json") in results["alone"].stdout and results["ranks"].stdout.count("26 examples") == 1
+    assert results["bare"].returncode == results["tokens"].returncode == 2
+    assert "1 of 1 rows have no response" in results["bare"].stderr
+    assert "has another tokenizer" in results["tokens"].stderr and "Traceback" not in results["tokens"].stderr
