@@ -23,6 +23,7 @@ from ssgen_ds.ds_config import (
 )
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.during import TrainingEvaluation
+from ssgen_ds.evaluate.scorers import Scorer
 from ssgen_ds.logbook import Logbook, missing_packages
 from ssgen_ds.loss import check_loss
 from ssgen_ds.memory import return_freed_memory
@@ -79,6 +80,7 @@ def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
         return None
     dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
     ds_config = world.together(lambda: build_ds_config(recipe, world.size, dtype))
+    world.together(lambda: Scorer(recipe.eval.metrics, "eval.metrics"))  # one of the user's own may not be there
     world.together(lambda: _refuse(missing_packages(recipe.log) + quantization_problems(recipe)))
     if world.is_main and (slow := slow_quantization(recipe, world.device.type)):
         log.warning(slow)
@@ -249,6 +251,4 @@ def _open_logbook(foundations: Foundations, step: int, stage: int, world: World)
         data=foundations.inputs.datasets.summary,
     )
     run_folder.start_run(recipe, environment)
-    return Logbook(
-        run_dir, recipe.log, step if foundations.checkpoint else None, run_dir.name, recipe.model_dump(mode="json")
-    )
+    return Logbook(run_dir, recipe.log, step, run_dir.name, recipe.model_dump(mode="json"))

@@ -120,9 +120,12 @@ class TrainingEvaluation:
 
     def publish_best(self) -> None:
         """checkpoints/best.json, once that checkpoint is complete: retention spares it. Rank 0 writes."""
-        if self.sampler.world.is_main:
-            best = find_best(self.run_dir, self.settings.best)
-            write_json(self.run_dir / "checkpoints" / BEST, asdict(best))
+        world, metric = self.sampler.world, self.settings.best
+
+        def write() -> None:
+            write_json(self.run_dir / "checkpoints" / BEST, asdict(find_best(self.run_dir, metric)))
+
+        world.together(lambda: write() if world.is_main else None)
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:

@@ -17,11 +17,13 @@ class Journal:
 
     Args:
         out: the result's file.
+        group: predictions of one example; those of an example that a kill has cut are made again.
         identity: what decides the predictions; a journal of another identity is left behind and begun anew.
         world: every rank learns how many predictions there are.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
+    def __init__(self, out: Path, identity: dict[str, Any], world: World, group: int = 1) -> None:
+        self._group = group
         self.file = out.with_name(f".{out.stem}.partial.jsonl")
         self._world = world
         self._stream: IO[str] | None = None
@@ -32,7 +34,8 @@ class Journal:
         if lines and lines[0] != identity:
             print(f"{self.file}: answers of another model, other data or settings; starting over", file=sys.stderr)
             lines = []
-        elif len(lines) > 1:
+        lines = lines[: 1 + (len(lines) - 1) // self._group * self._group] if lines else []
+        if len(lines) > 1:
             print(f"going on after {len(lines) - 1} answers", file=sys.stderr)
         # Written anew: a line that was cut by a kill must not stay in the middle.
         partial = self.file.with_suffix(".new")
@@ -41,15 +44,16 @@ class Journal:
         self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def _whole_lines(self) -> list[str]:
+        """Read as bytes: a kill may have cut the last line inside of a character."""
         if not self.file.is_file():
             return []
         whole = []
-        for line in self.file.read_text(encoding="utf-8").split("\n"):
+        for line in self.file.read_bytes().split(b"\n"):
             try:
                 json.loads(line)
-            except ValueError:
+            except ValueError:  # broken JSON, or a broken character
                 break
-            whole.append(line)
+            whole.append(line.decode("utf-8"))
         return whole
 
     @property

@@ -51,10 +51,10 @@ def evaluate_in(
     file = world.together(lambda: _out(out, inference))
     world.together(lambda: _check(inference, how, scorer))
     began = time.perf_counter()
-    with Journal(file, _identity(inference, how, scorer), world) as journal:
+    with Journal(file, _identity(inference, how, scorer), world, group=how.samples) as journal:
         _answer_the_rest(inference, how, scorer, journal)
-        if world.is_main:
-            _finish(inference, how, scorer, journal, file, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        world.together(lambda: _finish(inference, how, scorer, journal, file, seconds) if world.is_main else None)
     inference.say_what_was_cut()
 
 

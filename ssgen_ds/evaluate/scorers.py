@@ -51,7 +51,7 @@ class Scorer:
         self._own = {name: _find(name, key) for name in self.names if ":" in name}
 
     def __call__(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
-        """One number for each name. Raises UserError when a metric of your own returns none."""
+        """One number for each name. Raises UserError when a metric of your own fails or returns none."""
         rouges = rouge(prediction, references) if set(self.names) & set(ROUGE_NAMES) else {}
         scores = {}
         for name in self.names:
@@ -60,7 +60,7 @@ class Scorer:
             elif name in SINGLE:
                 scores[name] = SINGLE[name](prediction, references)
             else:
-                scores[name] = _number(name, self._own[name](prediction, list(references)))
+                scores[name] = _own_number(name, self._own[name], prediction, list(references))
         return scores
 
 
@@ -81,7 +81,13 @@ def _find(name: str, key: str) -> Metric:
     return function
 
 
-def _number(name: str, value: object) -> float:
+def _own_number(name: str, metric: Metric, prediction: str, references: list[str]) -> float:
+    """What somebody else's code says, whatever goes wrong in it."""
+    try:
+        value: object = metric(prediction, references)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name}: failed on the answer {prediction[:80]!r}: {what}") from error
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     raise UserError(f"{name}: must return a finite number for an answer, got {value!r}")

@@ -72,8 +72,9 @@ class Alone(World):
         return item
 
 
-def journal(folder: Path, identity: str = "a") -> Journal:
-    return Journal(folder / "scores.json", {"model": identity}, Alone(0, 0, 1, torch.device("cpu"), control=None))
+def journal(folder: Path, identity: str = "a", group: int = 1) -> Journal:
+    alone = Alone(0, 0, 1, torch.device("cpu"), control=None)
+    return Journal(folder / "scores.json", {"model": identity}, alone, group)
 
 
 def test_answers_are_there_after_a_kill_but_for_the_line_that_was_cut(tmp_path: Path, capsys) -> None:
@@ -89,6 +90,17 @@ def test_answers_are_there_after_a_kill_but_for_the_line_that_was_cut(tmp_path: 
     assert "going on after 2 answers" in capsys.readouterr().err
     second.close_for_good()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_whose_answers_were_cut_is_answered_again(tmp_path: Path) -> None:
+    """Two answers an example: the second of the second is missing, cut inside of a character."""
+    with journal(tmp_path) as first:
+        first.append([{"index": 0, "sample": 0}, {"index": 0, "sample": 1}])
+        first.append([{"index": 1, "sample": 0}])
+    with open(first.file, "ab") as stream:
+        stream.write('{"index": 1, "text": "\u00e9'.encode()[:-1])
+    with journal(tmp_path, group=2) as second:
+        assert second.rows() == [{"index": 0, "sample": 0}, {"index": 0, "sample": 1}]
 
 
 def test_answers_of_another_evaluation_are_not_mixed_in(tmp_path: Path, capsys) -> None:

@@ -40,6 +40,7 @@ def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def words(prediction, references):\n    return len(prediction.split()) / len(references)\n"
         "def nothing(prediction, references):\n    return None\n"
         "def infinite(prediction, references):\n    return float('inf')\n"
+        "def failing(prediction, references):\n    return 1 / 0\n"
         "number = 3\n",
         encoding="utf-8",
     )
@@ -69,3 +70,8 @@ def test_a_metric_that_returns_no_number_is_named(own_metrics: None, function: s
     scorer = Scorer([f"own_metrics_of_the_test:{function}"])
     with pytest.raises(UserError, match=f"own_metrics_of_the_test:{function}: must return a finite number"):
         scorer("a", ["b"])
+
+
+def test_a_metric_that_fails_is_named_with_the_answer(own_metrics: None) -> None:
+    with pytest.raises(UserError, match="own_metrics_of_the_test:failing: failed on the answer 'a': ZeroDivisionError"):
+        Scorer(["own_metrics_of_the_test:failing"])("a", ["b"])
