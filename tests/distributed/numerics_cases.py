@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from ssgen_ds.attempts import ATTEMPTS_FILE
 from ssgen_ds.build import build_trainer, lay_foundations
 from ssgen_ds.config import Recipe
 from ssgen_ds.distributed import World
@@ -430,8 +431,9 @@ def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
     """Starting another recipe, or something else, in the folder of a finished run: refused, nothing overwritten."""
     recipe = fresh(folder, "owner", world)
     fit_and_export(recipe, world)
+    world.barrier()  # rank 0 writes last
     run_dir = Path(recipe.output_dir)
-    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    files = _contents_and_times(run_dir)
     messages = {}
     for name, overrides in (("changed", {"train__lr": 0.5, "method__name": "bss"}), ("never", {"resume": "never"})):
         try:
@@ -440,8 +442,20 @@ def other_recipe_case(world: World, folder: Path) -> dict[str, str]:
             messages[name] = str(error)
     fit_and_export(recipe, world)  # finished: says so, touches nothing
     world.barrier()
-    assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    assert files == _contents_and_times(run_dir)
     return messages
+
+
+def _contents_and_times(run_dir: Path) -> dict[str, tuple[str, int]]:
+    """Of all files; attempts.jsonl has no time: a start is noted there before it is refused, and then taken back."""
+    return {
+        str(path): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns if path.name != ATTEMPTS_FILE else 0,
+        )
+        for path in run_dir.rglob("*")
+        if path.is_file()
+    }
 
 
 def bf16_case(adapter: str, stage: int) -> Case:
