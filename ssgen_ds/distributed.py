@@ -14,10 +14,10 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from ssgen_ds.watchdog import Watchdog
 
 T = TypeVar("T")
 _BACKEND_SLACK = 60.0  # seconds
+_REFUSAL_SECONDS = 30.0  # that a rank with a problem waits for rank 0, to tell it
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class World:
         """Be in this phase of the (1-based) step inside, and measure its memory; see `phases.py` and `memory.py`."""
         with self.phases.enter(name, step), self.memory.of(name):
             yield
+
+    def end(self, text: str) -> None:
+        """End all ranks at once, from any thread: nothing more is written, not even the reason, but it is said."""
+        if self.watchdog is None:
+            raise RankLost(text)
+        self.watchdog.end(text)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -145,16 +152,24 @@ def _first_slurm_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
-@contextmanager
-def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = None) -> Iterator[World]:
-    """Join the process group and leave it, also on errors. `stop` is set when any rank was asked to stop.
+def refuse_together(problem: UserError) -> NoReturn:
+    """Raise on every rank what keeps this one from taking part; the others wait where they meet and would not know."""
+    place, _ = _place()
+    if place.size > 1:
+        try:
+            join(replace(place, problem=str(problem)), _REFUSAL_SECONDS)
+        except UserError as told:
+            if str(told) == str(problem):
+                raise  # all have it, rank 0 speaks
+            # Not all have it, or nobody is there to tell: it is shown on this node, too.
+            raise RankError(str(told) if str(problem) in str(told) else str(problem)) from None
+    raise problem
 
-    A rank that fails tells the others, so that they end with its message rather than with broken connections.
-    """
-    limits, stop, launched = limits or RecoveryConfig(), stop or StopFlag(), "SLURM_PROCID" in os.environ
+
+def _place() -> tuple[Place, bool]:
+    """Where the launcher has put this rank, and whether it has a GPU; a process without launcher is alone."""
     map_slurm()
     env = os.environ
-    launched = launched or "RANK" in env
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
@@ -162,15 +177,27 @@ def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = 
     on_gpu = torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu"
     gpus = torch.cuda.device_count() if on_gpu else 0
     gpu = _gpu_id(local_rank % gpus) if 0 < gpus < local_size else ""
-    place = Place(rank, size, local_rank, local_size, gpus, socket.gethostname(), gpu)
+    return Place(rank, size, local_rank, local_size, gpus, socket.gethostname(), gpu), on_gpu
+
+
+@contextmanager
+def process_group(limits: RecoveryConfig | None = None, stop: StopFlag | None = None) -> Iterator[World]:
+    """Join the process group and leave it, also on errors. `stop` is set when any rank was asked to stop.
+
+    A rank that fails tells the others, so that they end with its message rather than with broken connections.
+    """
+    limits, stop, launched = limits or RecoveryConfig(), stop or StopFlag(), "SLURM_PROCID" in os.environ
+    launched = launched or "RANK" in os.environ
+    place, on_gpu = _place()
+    rank, size, local_rank = place.rank, place.size, place.local_rank
     store = join(place, limits.rendezvous)
     phases = phases_from_environment(rank)
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own_store = dist.PrefixStore(f"ssgen/watch/{attempt}", connect(place, limits.rendezvous)) if size > 1 else None
     watchdog = Watchdog(rank, size, local_rank, place.host, own_store, phases, stop, limits, launched)
     watchdog.start()
     try:
-        device = _device(on_gpu, local_rank % max(1, gpus), local_size)
+        device = _device(on_gpu, local_rank % max(1, place.gpus), place.local_size)
         with shielded_children(), without_stale_locks():  # an operator may be compiled
             control = _init_backend(store, place, device, limits.collective_timeout)
         yield World(rank, local_rank, size, device, control, phases, stop, watchdog)

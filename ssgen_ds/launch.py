@@ -89,3 +89,8 @@ def quiet_libraries() -> None:
 def is_first_rank() -> bool:
     """Whether this process speaks for all, known before any process group exists."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def is_alone() -> bool:
+    """Whether no launcher has started other ranks, known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) == 1

@@ -1,6 +1,6 @@
 """What a run leaves to be plotted: metrics.jsonl (always), TensorBoard events, Weights & Biases. Rank 0 only.
 
-with Logbook(run_dir, recipe.log, resume_step=None, run_name="demo") as logbook:
+with Logbook(run_dir, recipe.log, resume_step=0, run_name="demo") as logbook:
     logbook.log({"step": 1, "loss": 2.31, "lr": 1e-5})
 """
 
@@ -35,8 +35,8 @@ class Logbook:
     Args:
         run_dir: the run folder; created where missing.
         log_config: `log` section of the recipe.
-        resume_step: finished steps of the checkpoint that the run continues from; later rows are dropped, so that
-            every step appears once. None starts afresh: rows of an earlier run are dropped.
+        resume_step: finished steps of the checkpoint that the run continues from, 0 without one; later rows are
+            dropped, so that every step appears once.
         run_name: the name that Weights & Biases shows.
         recipe: the resolved recipe, stored with the Weights & Biases run.
 
@@ -48,20 +48,20 @@ class Logbook:
         self,
         run_dir: Path,
         log_config: LogConfig,
-        resume_step: int | None,
+        resume_step: int,
         run_name: str,
         recipe: dict[str, Any] | None = None,
     ) -> None:
         if problems := missing_packages(log_config):
             raise UserError("\n".join(problems))
         run_dir.mkdir(parents=True, exist_ok=True)
-        kept = drop_rows_after(run_dir / METRICS_FILE, resume_step or 0)
+        kept = drop_rows_after(run_dir / METRICS_FILE, resume_step)
         self._last_step = kept[-1]["step"] if kept else 0
         self._sinks: list[Sink] = []
         if log_config.tensorboard:
-            self._sinks.append(_TensorBoard(run_dir / "tensorboard", first_step=(resume_step or 0) + 1))
+            self._sinks.append(_TensorBoard(run_dir / "tensorboard", first_step=resume_step + 1))
         if log_config.wandb:
-            self._sinks.append(_Wandb(run_dir, log_config.project, run_name, recipe, resume_step is not None))
+            self._sinks.append(_Wandb(run_dir, log_config.project, run_name, recipe))
         self._file = open(run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
 
     def log(self, row: dict[str, Any]) -> None:
@@ -178,18 +178,16 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run that keeps its id in the run folder, so that a resumed run goes on in the same charts.
+    """A run that keeps its id in the run folder, so that it goes on in the same charts after every restart.
 
     wandb ignores rows at or before the last step it has, so redone steps appear once there too.
     """
 
-    def __init__(
-        self, run_dir: Path, project: str, run_name: str, recipe: dict[str, Any] | None, is_resumed: bool
-    ) -> None:
+    def __init__(self, run_dir: Path, project: str, run_name: str, recipe: dict[str, Any] | None) -> None:
         import wandb
 
         id_file = run_dir / WANDB_ID_FILE
-        if not (is_resumed and id_file.exists()):
+        if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
         run_id = id_file.read_text(encoding="utf-8").strip()
         try:

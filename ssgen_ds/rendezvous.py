@@ -20,6 +20,7 @@ from ssgen_ds.errors import RankError, UserError
 
 _RETRY_SECONDS = 0.5
 _HEARD_SECONDS = 10.0
+_GRACE_SECONDS = 10.0  # for the others to come once a rank has come with a problem
 _ANSWER_SECONDS = 30.0  # on top of the limit: rank 0 answers after it has waited that long for the others
 
 
@@ -34,6 +35,7 @@ class Place:
     gpus: int  # visible to this rank; 0 on a CPU
     host: str
     gpu: str = ""  # the id of its own, where fewer are visible than there are ranks on the node
+    problem: str = ""  # why this rank cannot take part: its recipe is wrong or missing
 
 
 def join(place: Place, seconds: float) -> dist.Store:
@@ -55,10 +57,10 @@ def join(place: Place, seconds: float) -> dist.Store:
         store.wait(["answer"], timedelta(seconds=seconds + _ANSWER_SECONDS))
     except dist.DistError:
         raise RankError(_at(place, f"rank 0 did not answer within {seconds + _ANSWER_SECONDS:.0f} s")) from None
-    problems = json.loads(store.get("answer"))
-    if problems:
+    refusal = json.loads(store.get("answer"))
+    if refusal:
         _let_all_hear(store, place)
-        raise UserError.from_list("the ranks do not fit together", problems)
+        raise UserError(refusal)
     return store
 
 
@@ -123,16 +125,30 @@ def _reach(place: Place, host: str, port: int, seconds: float) -> None:
             time.sleep(min(_RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _examine(store: dist.Store, size: int, seconds: float) -> list[str]:
-    """Rank 0's look at everybody: what is wrong, if anything."""
+def _examine(store: dist.Store, size: int, seconds: float) -> str:
+    """Rank 0's look at everybody: why they cannot train, "" when they can."""
     deadline = time.monotonic() + seconds
-    missing = list(range(size))
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"place/{rank}"])]
-        if missing:
-            time.sleep(0.05)
-    places = [Place(**json.loads(store.get(f"place/{rank}"))) for rank in range(size) if rank not in missing]
-    return misfits(places, size, seconds)
+    came: dict[int, Place] = {}
+    while len(came) < size and time.monotonic() < deadline:
+        for rank in set(range(size)) - set(came):
+            if store.check([f"place/{rank}"]):
+                came[rank] = Place(**json.loads(store.get(f"place/{rank}")))
+                if came[rank].problem:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        time.sleep(0.05 * (len(came) < size))
+    places = [came[rank] for rank in sorted(came)]
+    if refusal := _own_problems(places):
+        return refusal
+    problems = misfits(places, size, seconds)
+    return str(UserError.from_list("the ranks do not fit together", problems)) if problems else ""
+
+
+def _own_problems(places: list[Place]) -> str:
+    """What ranks came with; whose it is, unless all came with the same."""
+    found = {place.problem for place in places}
+    if len(found) == 1:
+        return found.pop()
+    return "\n".join(_at(place, place.problem) for place in places if place.problem)
 
 
 def misfits(places: list[Place], size: int, seconds: float) -> list[str]:

@@ -1,7 +1,8 @@
 """One job at a time writes a run folder.
 
 The lock is a file with its owner and a counter that the owner raises every few seconds. Whoever finds it watches the
-counter: it moves, so the owner is alive and named; it rests, so the owner was killed and the lock is taken over.
+counter: it moves, so the owner is alive and named; it rests, so the owner was killed and the lock is taken over. An
+owner that merely stood still (a suspended job) sees that as soon as it goes on, and ends.
 Comparing contents needs no clock that two nodes agree on, and no file locks, which network file systems lack or fake.
 """
 
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,9 +40,11 @@ class RunLock:
 
     Args:
         run_dir: created when it does not exist, and removed again when nothing else came into it.
+        lost: called with a message, in a thread of the lock, when another job has taken it over.
     """
 
     run_dir: Path
+    lost: Callable[[str], None] = lambda text: None
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _owner: _Owner = field(default_factory=lambda: _Owner.me(), init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
@@ -90,6 +93,8 @@ class RunLock:
             beat += 1
             partial = self.file.with_name(f".{LOCK_FILE}-{self.token}")
             try:
+                if not self._is_mine():
+                    return
                 partial.write_text(json.dumps(self._content(beat)), encoding="utf-8")
                 if self._ended.is_set():
                     partial.unlink()
@@ -97,6 +102,19 @@ class RunLock:
                     os.replace(partial, self.file)
             except OSError:
                 continue  # a full disk or a network file system that is away: the run itself will meet it
+
+    def _is_mine(self) -> bool:
+        """Whether this job still has the lock. Without it somebody took it over while this job stood still."""
+        found = _read(self.file)
+        if found is not None and found["token"] == self.token:
+            return True
+        if not self._ended.is_set():
+            now = "has ended since, or its lock was removed" if found is None else f"is {_Owner.of(found)}"
+            self.lost(
+                f"output_dir: {self.run_dir} was taken over by another job, for this one had stood still; it {now}. "
+                "This one ends here"
+            )
+        return False
 
     def _wait_for_death(self) -> None:
         """Returns when the lock's owner is dead and the file is out of the way."""
@@ -190,7 +208,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
 
     Raises UserError on every rank when another job writes it, or when some rank sees another folder by this name.
     """
-    lock = RunLock(run_dir)
+    lock = RunLock(run_dir, world.end)
     world.together(lambda: lock.acquire() if world.is_main else None)
     try:
         owner = world.broadcast((lock.token, socket.gethostname()))

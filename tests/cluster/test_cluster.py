@@ -6,6 +6,7 @@ The long ones are marked `faults`: `make test-faults`.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from tests.cluster.conftest import Cluster
 from tests.cluster.runs import STEPS, recipe_file, reference
 from tests.e2e.test_launchers import rows, same_training
+from tests.support.launch import run
 
 
 def complete(run_dir: Path) -> list[str]:
@@ -28,12 +30,25 @@ def outcomes(run_dir: Path) -> list[tuple[int, str]]:
     return list(zip(starts, [line["outcome"] for line in lines if "outcome" in line], strict=False))
 
 
-@pytest.mark.parametrize("method", ["bss", "rac"])
-def test_two_nodes_train_as_two_local_ranks_do(cluster: Cluster, inputs: Path, method: str) -> None:
-    job = cluster.submit("train.sbatch", str(recipe_file(inputs, f"nodes-{method}", method)))
+def test_two_nodes_train_as_two_local_ranks_do(cluster: Cluster, inputs: Path) -> None:
+    job = cluster.submit("train.sbatch", str(recipe_file(inputs, "nodes-bss", "bss")))
     facts = cluster.finish(job)
     assert facts["ExitCode"] == "0:0", cluster.log(job)
-    assert same_training(inputs / "runs" / f"nodes-{method}", reference(inputs, method))
+    assert same_training(inputs / "runs" / "nodes-bss", reference(inputs, "bss"))
+
+
+def test_a_job_written_and_submitted_for_its_recipe(cluster: Cluster, inputs: Path) -> None:
+    """`ssgen slurm --submit`: to the same end as two local ranks; refused by sbatch, in its words."""
+    ssgen = str(Path(sys.executable).parent / "ssgen")
+    command = (ssgen, "slurm", str(recipe_file(inputs, "nodes-rac", "rac")), "--nodes", "2", "--submit")
+    said = cluster.run(*command, "--time", "5", SBATCH_OUTPUT=str(cluster.folder / "job-%j.log"))
+    job = said.removeprefix("Submitted batch job ")
+    assert cluster.finish(job)["ExitCode"] == "0:0", cluster.log(job)
+    assert cluster.show(job)["TimeLimit"] == "00:05:00"
+    assert same_training(inputs / "runs" / "nodes-rac", reference(inputs, "rac"))
+    refused = run([*command, "--partition", "nowhere"], 60, **cluster.environment())
+    assert refused.returncode == 2, refused
+    assert "error: sbatch refused the job: " in refused.stderr and "invalid partition" in refused.stderr
 
 
 def test_the_deepspeed_launcher_stops_and_goes_on(cluster: Cluster, inputs: Path) -> None:

@@ -81,3 +81,15 @@ def test_two_nodes_with_the_same_rank_are_refused(inputs: Path, hosts: Path) -> 
     assert [result.returncode for result in results] == [2, 2], results
     said = "".join(result.stderr for result in results)
     assert "there is a rank 0 already" in said or "is in use" in said, said
+
+
+def test_a_recipe_that_one_node_does_not_see_is_named_on_both(inputs: Path, hosts: Path) -> None:
+    """The folder of the recipe is not shared: the node that has it does not wait for the other."""
+    port, began = free_port(), time.monotonic()
+    recipe, missing = recipe_file(inputs, "here-only"), inputs / "nowhere.yaml"
+    first, second = both([deepspeed(hosts, port, node, str(file)) for node, file in ((0, recipe), (1, missing))])
+    assert (first.returncode, second.returncode) == (2, 2), (first, second)
+    for result in (first, second):
+        assert "rank 1 on " in result.stderr and f"recipe {missing}: no such file" in result.stderr, result
+    assert time.monotonic() - began < 60
+    assert not (inputs / "runs" / "here-only").exists()

@@ -23,6 +23,7 @@ from ssgen_ds.phases import Phases, parse_faults
 from ssgen_ds.step import token_loss
 from ssgen_ds.train import fit_and_export
 from tests.distributed.numerics_cases import Case, fresh, metrics_of, resume_case, tokens_of, weights_hash
+from tests.support.damage import DAMAGE, flip_a_bit, truncate
 from tests.support.stopping import stopping
 from tests.support.tiny_runs import tiny_recipe
 
@@ -66,29 +67,6 @@ def refusal(recipe: Recipe, world: World) -> str:
 
 
 # -- F6, F8 ------------------------------------------------------------------------------------------------------------
-
-
-def truncate(path: Path) -> None:
-    file = path / "shard-00001-of-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def flip_a_bit(path: Path) -> None:
-    file = path / "shard-00000-of-00002.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "truncated": truncate,
-    "flipped": flip_a_bit,
-    "shard-missing": lambda path: (path / "shard-00001-of-00002.safetensors").unlink(),
-    "marker-empty": lambda path: (path / "COMPLETE").write_text(""),
-    "marker-missing": lambda path: (path / "COMPLETE").unlink(),
-    "index-changed": lambda path: (path / "index.json").write_text("{}"),
-    "round-missing": lambda path: (path / "round.parquet").unlink(),
-}
 
 
 def damage_case(world: World, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.distributed.recovery_cases import DAMAGE, RESHARDED
+from tests.distributed.recovery_cases import RESHARDED
+from tests.support.damage import DAMAGE
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pytest
 
 from ssgen_ds.config import dump_recipe
 from tests.e2e.test_launchers import rows, same_training, wait_until
+from tests.support.damage import DAMAGE
 from tests.support.launch import Finished, deepspeed, finish, run, start, torchrun
 from tests.support.tiny_runs import make_inputs, tiny_recipe
 
@@ -189,12 +190,21 @@ HARM = ("kill", "term", "usr1", "enospc", "eacces", "raise", "delay=2,stop")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_soak(folder: Path, reference: Path, seed: int) -> None:
-    """A random fault on a random rank in a random phase at each of ten starts, then none: bit-equal at the end."""
+    """A random fault on a random rank in a random phase at each of ten starts, then none: bit-equal at the end.
+
+    Before a start the newest checkpoint may be damaged, when there is one before it: it is named, and that one is used.
+    """
     rng = random.Random(seed)
+    damaged = 0
     name = f"soak-{seed}"
     run_dir = folder / "runs" / name
     settings = {"checkpoint__every": 1, "recovery__rank_silence": 5, "recovery__max_restarts": 0}
     for _ in range(10):
+        newest = None
+        if len(there := complete(run_dir)) > 1 and not (run_dir / "finished.json").exists() and rng.random() < 0.5:
+            newest = run_dir / "checkpoints" / there[-1]
+            DAMAGE[rng.choice(sorted(DAMAGE))](newest)
+            damaged += 1
         rank, step = rng.randrange(2), len(rows(run_dir)) + rng.randint(1, 2)
         harm, phase = rng.choice(HARM), rng.choice(PLACES)
         fault = ",".join(f"{kind}@{phase}:{rank}:{step}" for kind in harm.split(","))
@@ -204,6 +214,8 @@ def test_soak(folder: Path, reference: Path, seed: int) -> None:
             fault,
             result,
         )
+        assert newest is None or f"{newest} is broken" in result.stderr, (fault, result)
+    assert damaged, "this seed damages nothing: choose another"
     result = train(folder, name, **settings)
     assert result.returncode == 0, result
     assert same_training(run_dir, reference)
@@ -228,6 +240,28 @@ def test_ranks_whose_launcher_is_gone_save_and_end(folder: Path, reference: Path
         time.sleep(0.2)
     assert complete(folder / "runs" / name)[-1] == "step-00000003"
     assert_goes_on(folder, name, reference)
+
+
+@pytest.mark.faults
+def test_a_job_that_stood_still_leaves_the_folder_to_its_successor(folder: Path, reference: Path) -> None:
+    """Both ranks are stopped for so long that another start takes the folder over; when they go on, they end."""
+    name = "suspended"
+    delays = ",".join(f"delay=20@backward:{rank}:3" for rank in (0, 1))
+    command = torchrun("ssgen_ds.train", str(recipe_file(folder, name)))
+    process = start(command, SSGEN_FAULT=delays)
+    wait_until(process, lambda: len(rows(folder / "runs" / name)) == 2)
+    suspended = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in suspended:
+        one.suspend()
+    assert_goes_on(folder, name, reference)
+    before = {file.name: file.read_text() for file in (folder / "runs" / name).glob("*.jsonl")}
+    for one in suspended:
+        one.resume()
+    result = finish(process, LIMIT)
+    assert result.returncode == 1, result
+    assert "is finished" not in result.stdout and len(rows(folder / "runs" / name)) == STEPS
+    assert {file.name: file.read_text() for file in (folder / "runs" / name).glob("*.jsonl")} == before
+    assert "was taken over by another job" in result.stderr and "it has ended since" in result.stderr, result
 
 
 def test_nothing_of_the_runs_is_left(folder: Path) -> None:

@@ -15,7 +15,7 @@ from ssgen_ds.logbook import Logbook, drop_rows_after, missing_packages, read_ro
 FILES_ONLY = LogConfig(tensorboard=False)
 
 
-def write_steps(run_dir: Path, steps: range, resume_step: int | None, log_config: LogConfig = FILES_ONLY) -> None:
+def write_steps(run_dir: Path, steps: range, resume_step: int, log_config: LogConfig = FILES_ONLY) -> None:
     with Logbook(run_dir, log_config, resume_step, "test") as logbook:
         for step in steps:
             logbook.log({"step": step, "loss": float(step), "eval_loss": 2.0 * step})
@@ -26,27 +26,27 @@ def steps_in(run_dir: Path) -> list[int]:
 
 
 def test_rows_are_on_disk_at_once(tmp_path: Path) -> None:
-    with Logbook(tmp_path, FILES_ONLY, None, "test") as logbook:
+    with Logbook(tmp_path, FILES_ONLY, 0, "test") as logbook:
         logbook.log({"step": 1, "loss": 2.5})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.5}\n'
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
-    with Logbook(tmp_path, FILES_ONLY, None, "test") as logbook:
+    with Logbook(tmp_path, FILES_ONLY, 0, "test") as logbook:
         logbook.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "mix_rate": None})
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert row == {"step": 1, "loss": None, "grad_norm": None, "lr": None, "mix_rate": None}
 
 
 def test_resume_drops_later_rows_and_every_step_appears_once(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(1, 8), None)
+    write_steps(tmp_path, range(1, 8), 0)
     write_steps(tmp_path, range(5, 11), resume_step=4)
     assert steps_in(tmp_path) == list(range(1, 11))
 
 
 def test_a_fresh_run_forgets_the_old_rows(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(1, 8), None)
-    write_steps(tmp_path, range(1, 3), None)
+    write_steps(tmp_path, range(1, 8), 0)
+    write_steps(tmp_path, range(1, 3), 0)
     assert steps_in(tmp_path) == [1, 2]
 
 
@@ -91,7 +91,7 @@ def test_a_kill_while_rewriting_leaves_the_old_rows(tmp_path: Path, monkeypatch:
 
 
 def test_a_step_logged_twice_is_a_bug(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(1, 4), None)
+    write_steps(tmp_path, range(1, 4), 0)
     with (
         Logbook(tmp_path, FILES_ONLY, 2, "test") as logbook,
         pytest.raises(AssertionError, match="step 2 after step 2"),
@@ -103,7 +103,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     both = LogConfig(tensorboard=True)
-    write_steps(tmp_path, range(1, 8), None, both)
+    write_steps(tmp_path, range(1, 8), 0, both)
     (first,) = (tmp_path / "tensorboard").iterdir()
     first.rename(first.with_name("events.out.tfevents.0000000001.host"))  # an earlier second, as in a real resume
     write_steps(tmp_path, range(5, 7), 4, both)
@@ -113,14 +113,14 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 
 def test_no_tensorboard_folder_unless_asked_for(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(1, 2), None)
+    write_steps(tmp_path, range(1, 2), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_missing_wandb_is_a_user_error(tmp_path: Path, without_wandb: None) -> None:
     config = LogConfig(tensorboard=False, wandb=True)
     with pytest.raises(UserError, match="pip install wandb"):
-        Logbook(tmp_path / "run", config, None, "test")
+        Logbook(tmp_path / "run", config, 0, "test")
     assert not (tmp_path / "run").exists()
     assert missing_packages(FILES_ONLY) == []
 
@@ -147,19 +147,19 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = LogConfig(tensorboard=False, wandb=True)
-    write_steps(tmp_path, range(1, 4), None, config)
+    write_steps(tmp_path, range(1, 4), 0, config)
     run_id = (tmp_path / "wandb-run-id").read_text().strip()
     write_steps(tmp_path, range(3, 5), 2, config)
     assert (tmp_path / "wandb-run-id").read_text().strip() == run_id
     # Two processes of one run; two that start within a second share a folder.
     assert {path.suffix for path in (tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")} == {".wandb"}
-    write_steps(tmp_path, range(1, 2), None, config)
-    assert (tmp_path / "wandb-run-id").read_text().strip() != run_id
+    write_steps(tmp_path, range(1, 2), 0, config)  # started again before its first checkpoint
+    assert (tmp_path / "wandb-run-id").read_text().strip() == run_id
     assert steps_in(tmp_path) == [1]
 
 
 def test_rows_survive_a_round_trip(tmp_path: Path) -> None:
     row = {"step": 1, "loss": 0.1 + 0.2, "note": "naïve\nline"}
-    with Logbook(tmp_path, FILES_ONLY, None, "test") as logbook:
+    with Logbook(tmp_path, FILES_ONLY, 0, "test") as logbook:
         logbook.log(row)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row

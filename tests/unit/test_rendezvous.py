@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -87,6 +88,26 @@ def test_uneven_nodes_are_refused_on_every_rank(port):
     told = outcomes([place(0, gpus=8), place(1, gpus=4)], 10)
     assert told[0] == told[1]
     assert "different numbers of visible GPUs" in told[0]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_problem_of_one_rank_is_told_to_all(port, wrong):
+    began = time.monotonic()
+    places = [replace(place(rank), problem="recipe r.yaml: no such file" * (rank == wrong)) for rank in (0, 1)]
+    told = outcomes(places, 60)
+    assert told == [f"rank {wrong} on n{wrong}: recipe r.yaml: no such file"] * 2
+    assert time.monotonic() - began < 10
+
+
+def test_a_problem_of_all_ranks_is_told_as_if_alone(port):
+    assert outcomes([replace(place(rank), problem="a wrong key") for rank in (0, 1)], 60) == ["a wrong key"] * 2
+
+
+def test_a_problem_is_told_though_a_rank_does_not_come(port, monkeypatch):
+    monkeypatch.setattr("ssgen_ds.rendezvous._GRACE_SECONDS", 1.0)
+    began = time.monotonic()
+    assert outcomes([place(0, 3), replace(place(2, 3), problem="a wrong key")], 60) == ["rank 2 on n2: a wrong key"] * 2
+    assert time.monotonic() - began < 10
 
 
 def test_a_slow_rank_still_hears_why(port, monkeypatch):

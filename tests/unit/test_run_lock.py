@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,3 +113,28 @@ def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="is a file"):
         RunLock(tmp_path / "run").acquire()
+
+
+def test_an_owner_that_stood_still_ends_and_leaves_the_lock_to_its_successor(tmp_path):
+    told = []
+    lock = RunLock(tmp_path, told.append).acquire()
+    write_lock(tmp_path, token="successor", pid=77, job="42")
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "was taken over by another job" in told[0] and "it is process 77 on elsewhere, SLURM job 42" in told[0]
+    time.sleep(0.5)
+    assert len(told) == 1 and json.loads((tmp_path / LOCK_FILE).read_text())["token"] == "successor"
+    lock.release()
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_an_owner_whose_successor_has_ended_ends_too(tmp_path):
+    told = []
+    lock = RunLock(tmp_path, told.append).acquire()
+    (tmp_path / LOCK_FILE).unlink()
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "has ended since" in told[0] and not (tmp_path / LOCK_FILE).exists()
+    lock.release()
