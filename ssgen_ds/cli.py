@@ -33,6 +33,9 @@ TopK = Annotated[int, typer.Option(min=0)]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0)]
 Batch = Annotated[str, typer.Option(help="Sequences decoded together on a rank; auto: as many as memory allows.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples.")]
+MaxPromptTokens = Annotated[
+    int | None, typer.Option(min=1, help="Cut longer prompts, to compare a model with one that was trained so.")
+]
 Prompt = Annotated[str | None, typer.Option(help="Prompt template over the columns; default: the run's.")]
 Reference = Annotated[str | None, typer.Option(help="Column of the gold answers; default: the run's, or completion.")]
 DeepSpeedFile = Annotated[
@@ -118,6 +121,7 @@ def generate(
     batch: Batch = "auto",
     limit: Limit = None,
     prompt: Prompt = None,
+    max_prompt_tokens: MaxPromptTokens = None,
     deepspeed: DeepSpeedFile = None,
 ) -> None:
     """Answer every prompt of a file, with optional self-correction."""
@@ -125,7 +129,7 @@ def generate(
     from ssgen_ds.generate import generate as run
     from ssgen_ds.inference import InferenceSettings
 
-    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed)
+    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed, max_prompt_tokens=max_prompt_tokens)
     run(where, AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed, correct), out)
 
 
@@ -145,6 +149,7 @@ def evaluate(
     batch: Batch = "auto",
     limit: Limit = None,
     prompt: Prompt = None,
+    max_prompt_tokens: MaxPromptTokens = None,
     reference: Reference = None,
     deepspeed: DeepSpeedFile = None,
 ) -> None:
@@ -153,7 +158,7 @@ def evaluate(
     from ssgen_ds.evaluate.run import evaluate as run
     from ssgen_ds.inference import InferenceSettings
 
-    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed, reference)
+    where = InferenceSettings(model, data, prompt, limit, _batch(batch), deepspeed, reference, max_prompt_tokens)
     how = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed, correct, samples)
     run(where, how, [name.strip() for name in metrics.split(",") if name.strip()], out)
 
@@ -192,6 +197,7 @@ def gap(
     batch: Batch = "auto",
     limit: Limit = 256,
     prompt: Prompt = None,
+    max_prompt_tokens: MaxPromptTokens = None,
     reference: Reference = None,
     no_base: Annotated[bool, typer.Option("--no-base", help="Not the base of a single trained model.")] = False,
     deepspeed: DeepSpeedFile = None,
@@ -202,7 +208,7 @@ def gap(
     from ssgen_ds.gap import parse_rates
     from ssgen_ds.inference import InferenceSettings
 
-    where = InferenceSettings("", data, prompt, limit, _batch(batch), deepspeed, reference)
+    where = InferenceSettings("", data, prompt, limit, _batch(batch), deepspeed, reference, max_prompt_tokens)
     run(model, where, GapSettings(parse_rates(rates), temperature, top_k, top_p, seed), out, with_base=not no_base)
 
 

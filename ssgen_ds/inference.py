@@ -44,6 +44,7 @@ class InferenceSettings:
     batch: int | str = "auto"
     deepspeed: str | None = None
     reference: str | None = None  # column of the gold answers
+    max_prompt_tokens: int | None = None  # where prompts are cut; None: as the run's own, or by default
 
 
 @dataclass
@@ -139,7 +140,15 @@ def data_config(settings: InferenceSettings, trained: DataConfig | None) -> Data
         columns = {**(columns or {}), "completion": settings.reference}
     source = SourceConfig(path=settings.data, columns=columns, prompt=prompt)
     # Every prompt is answered: none is left out because it, or its reference, would be too long to train on.
-    update = {"train": [source], "eval": [], "over_length": "truncate", "on_bad_row": "error", "loss_on": "last"}
+    update: dict[str, Any] = {
+        "train": [source],
+        "eval": [],
+        "over_length": "truncate",
+        "on_bad_row": "error",
+        "loss_on": "last",
+    }
+    if settings.max_prompt_tokens is not None:
+        update["max_prompt_tokens"] = settings.max_prompt_tokens
     return (trained or DataConfig(train=[source])).model_copy(update=update)
 
 

@@ -161,7 +161,10 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         every, done = self.recipe.eval.every, step + 1
         due = done == self.total_steps or (every is not None and done % every == 0)
-        return self.evaluate() if self.eval_sequences and due else {}
+        if not (self.eval_sequences and due):
+            return {}
+        started = time.perf_counter()
+        return self.evaluate() | {"eval_seconds": time.perf_counter() - started}
 
     def evaluate(self) -> dict[str, float]:
         """Mean NLL of the gold responses of the evaluation examples, in nats per token."""

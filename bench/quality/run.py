@@ -1,6 +1,6 @@
 """Train and evaluate all runs by the product's own commands, then write the table.
 
-    python -m bench.quality.run [--seeds 0,1]
+    python -m bench.quality.run [--seeds 0,1] [--no-costs]
 
 What is finished is not made again: stop it and start it as often as you like. Runs live in runs/study-smollm2, the
 scores of each example in bench/results/study-smollm2/, so that the table can be made anew without the models.
@@ -17,7 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.quality.settings import MAX_NEW_TOKENS, REFRESH_EVERY, RUNS, SEEDS, STEPS, TEST_EXAMPLES, TEST_SHARE, Run
+from bench.quality.settings import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPT_TOKENS,
+    REFRESH_EVERY,
+    RUNS,
+    SEEDS,
+    STEPS,
+    TEST_EXAMPLES,
+    TEST_SHARE,
+    Run,
+)
 from bench.quality.table import write_results
 from ssgen_ds.data.paths import resolve_package_path
 from ssgen_ds.logbook import read_rows
@@ -34,12 +44,14 @@ PROMPT = "Summarize the article in one sentence.\n\n{document}"
 def main() -> None:
     parser = argparse.ArgumentParser(description="SmolLM2 on XSum, all methods.")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
+    parser.add_argument("--no-costs", action="store_true", help="leave measuring the costs to a quieter time")
+    options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     split(WORK / "data")
-    measure_costs()
+    if not options.no_costs:
+        measure_costs()
     evaluate("base", MODEL, {}, corrected=True)
-    for seed in seeds:
+    for seed in map(int, options.seeds.split(",")):
         for run in RUNS:
             train_and_evaluate(run, seed)
             write_results(RESULTS)
@@ -95,8 +107,8 @@ def train_and_evaluate(run: Run, seed: int) -> None:
 def train(run: Run, seed: int, steps: int, save_every: int, folder: Path) -> None:
     ssgen(
         "train", str(RECIPE), *run.overrides, f"train.seed={seed}", f"train.max_steps={steps}",
-        f"selfgen.refresh_every={REFRESH_EVERY}", f"checkpoint.every={save_every}", "checkpoint.keep=9",
-        f"output_dir={folder}",
+        f"selfgen.refresh_every={REFRESH_EVERY}", f"data.max_prompt_tokens={MAX_PROMPT_TOKENS}",
+        f"checkpoint.every={save_every}", "checkpoint.keep=9", f"output_dir={folder}",
     )  # fmt: skip
 
 
@@ -108,8 +120,9 @@ def evaluate(place: str, model: str, facts: dict[str, Any], corrected: bool) -> 
     out = WORK / f"{place}.json"
     ssgen(
         "evaluate", "--model", model, "--data", str(WORK / "data" / "test.jsonl"), "--prompt", PROMPT,
-        "--reference", "summary", "--metrics", "rouge", "--max-new-tokens", str(MAX_NEW_TOKENS),
-        "--limit", str(TEST_EXAMPLES), "--correct", str(int(corrected)), "--out", str(out),
+        "--reference", "summary", "--max-prompt-tokens", str(MAX_PROMPT_TOKENS), "--metrics", "rouge",
+        "--max-new-tokens", str(MAX_NEW_TOKENS), "--limit", str(TEST_EXAMPLES),
+        "--correct", str(int(corrected)), "--out", str(out),
     )  # fmt: skip
     evaluation = json.loads(out.read_text(encoding="utf-8"))
     predictions = read_rows(out.with_name(f"{place}.predictions.jsonl"))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 STEPS = 24  # optimizer steps of 8 examples
-LONGER = 60  # steps of the SFT run that the equal-time comparison reads its scores from
+LONGER = 72  # steps of the SFT run that the equal-time comparison reads its scores from
 REFRESH_EVERY = 8  # steps of one round of self-generation
 TEST_EXAMPLES = 100
 TEST_SHARE = 0.2  # of the rows, by a hash of their id
+MAX_PROMPT_TOKENS = 96  # of the article with its instruction and the turn markers
 MAX_NEW_TOKENS = 48
 SEEDS = (0, 1)
 

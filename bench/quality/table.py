@@ -24,7 +24,8 @@ _HEAD = "| model | ROUGE-1 | ROUGE-2 | ROUGE-L, 95 % | against SFT, 95 % | at eq
 def write_results(folder: Path) -> None:
     """bench/results/study-smollm2.json and docs/results-smollm2.md, from what has been measured so far."""
     measured = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-    costs = json.loads(folder.with_name(f"{folder.name}-costs.json").read_text(encoding="utf-8"))
+    file = folder.with_name(f"{folder.name}-costs.json")
+    costs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     seconds = {name: cost["train_seconds"] + cost["selfgen_seconds"] for name, cost in costs.items()}
     seeds = sorted({one["seed"] for name, one in measured.items() if name != "base"})
     rows = [_base(measured, "base", "not finetuned", "scores")] if "base" in measured else []
@@ -76,12 +77,14 @@ def _row(
     row["by_seed"] = {metric: [float(values([one], which, metric).mean()) for one in runs] for metric in METRICS}
     row["behaviour"] = {key: float(np.mean([one["behaviour"][key] for one in runs])) for key in runs[0]["behaviour"]}
     row["num_tokens"] = float(np.mean([one["num_tokens"] for one in runs]))
-    row["seconds_per_step"] = seconds[name]
+    if name in seconds:
+        row["seconds_per_step"] = seconds[name]
     sft = [measured[f"sft-{seed}"] for seed in seeds if f"sft-{seed}" in measured]
     if name != "sft" and len(sft) == len(seeds):
         row["against_sft"] = asdict(difference(values(sft, "scores", "rougeL"), values(runs, which, "rougeL")))
-        steps = runs[0]["steps"] * seconds[name] / seconds["sft"]
-        row["equal_time"] = _equal_time(measured, steps, seeds, values(runs, which, "rougeL"))
+        if {name, "sft"} <= set(seconds):
+            steps = runs[0]["steps"] * seconds[name] / seconds["sft"]
+            row["equal_time"] = _equal_time(measured, steps, seeds, values(runs, which, "rougeL"))
     return row
 
 

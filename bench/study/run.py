@@ -12,6 +12,7 @@ import json
 import multiprocessing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench.study.settings import Run, Settings, list_runs
 from bench.study.summary import write_summary
@@ -22,20 +23,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepare(settings: Settings, folder: Path) -> None:
-    """Data and fresh models; the settings that results in this folder are of.
+    """Data and fresh models; the settings that results in this folder are of. Methods and seeds may be added later.
 
     Raises:
         SystemExit: the folder holds results of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, text = folder / "settings.json", json.dumps(asdict(settings), indent=1)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+    file, content = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    if file.is_file() and _sizes(json.loads(file.read_text(encoding="utf-8"))) != _sizes(content):
         raise SystemExit(f"{folder} holds results of other settings; name another --folder or remove it")
     for task, size in settings.tasks.items():
         write_data(folder, task, size.num_train, size.train_lengths, size.eval_lengths, settings.eval_each)
     for seed in settings.seeds:
         save_model(folder / f"model-{seed}", seed, settings.layers, settings.width)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _sizes(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in ("methods", "seeds")}
 
 
 def run_all(settings: Settings, folder: Path, jobs: int) -> list[Run]:

@@ -16,11 +16,12 @@ from ssgen_ds.config import Recipe, parse_recipe
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},
     "sft 2x": {"name": "sft"},  # twice the steps: about what BSS and RAC cost
-    "bss .1": {"name": "bss", "bss": {"mix_rate": 0.1}},
-    "bss .25": {"name": "bss", "bss": {"mix_rate": 0.25}},
+    "bss .1": {"name": "bss", "bss": {"mix_rate": 0.1, "schedule": "linear"}},
+    "bss .25": {"name": "bss", "bss": {"mix_rate": 0.25, "schedule": "linear"}},
+    "bss .1 constant": {"name": "bss", "bss": {"mix_rate": 0.1, "schedule": "constant"}},
     "bss .25 constant": {"name": "bss", "bss": {"mix_rate": 0.25, "schedule": "constant"}},
     "rac": {"name": "rac"},
-    "bss+rac": {"name": "bss+rac", "bss": {"mix_rate": 0.1}},
+    "bss+rac": {"name": "bss+rac", "bss": {"mix_rate": 0.1, "schedule": "linear"}},
 }
 STEPS_FACTOR = {"sft 2x": 2}
 RATES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the gap curve

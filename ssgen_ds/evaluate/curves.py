@@ -194,7 +194,12 @@ def _loss_curve(rows: Rows, best: dict[str, Any] | None) -> Curve:
 
 def _mixing_curve(rows: Rows) -> Curve:
     def draw(axes: Axes) -> None:
-        for key, colour, label in (("mix_rate", INK, "mix rate"), ("sampled_token_share", SELF, "sampled-token share")):
+        lines = (
+            ("mix_rate", INK, "mix rate"),
+            ("sampled_token_share", SELF, "sampled"),
+            ("changed_token_share", GOLD, "sampled and not gold"),
+        )
+        for key, colour, label in lines:
             steps, values = _series(rows, key)
             if steps:
                 axes.plot(steps, values, color=colour, label=label, **_dots(steps))

@@ -7,6 +7,7 @@ has cut short is made after the resume, before the next step.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class TrainingEvaluation:
 
         Raises GenerationInterrupted on all ranks when one was asked to stop: nothing is written then.
         """
-        world, settings = self.sampler.world, self.settings
+        world, settings, started = self.sampler.world, self.settings, time.perf_counter()
         how = AnswerSettings(
             settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, self.recipe.train.seed,
             settings.correct,
@@ -104,6 +105,7 @@ class TrainingEvaluation:
                 "settings": asdict(how),
                 **(summarize(rows, scorer.names) if rows else {"scores": {}, "behaviour": {}, "correction": None}),
                 "predictions": f"{file.stem}.predictions.jsonl",
+                "seconds": time.perf_counter() - started,
             }
             file.parent.mkdir(exist_ok=True)
             write_lines(file.with_name(result["predictions"]), rows)

@@ -24,9 +24,7 @@ class Part:
 
 def seconds_by_phase(run: Run) -> dict[str, float]:
     """Train, generate, evaluate, save: seconds that are known, in that order."""
-    evaluating = total(run.rows, "eval_seconds") or sum(
-        one.content["seconds"] for one in run.during_training if "seconds" in one.content
-    )
+    evaluating = total(run.rows, "eval_seconds") + sum(one.content.get("seconds", 0) for one in run.during_training)
     seconds = {
         "train": total(run.rows, "step_seconds"),
         "generate": total(run.rows, "selfgen_seconds"),

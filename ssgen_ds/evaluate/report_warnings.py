@@ -15,6 +15,8 @@ TRUNCATED_SHARE = 0.5  # of drafts without an end
 UNCHANGED_SHARE = 0.9  # of corrected answers
 REPEATED_SHARE = 0.25  # of an answer's 4-grams
 LENGTH_RATIOS = (0.5, 2.0)
+CHANGED_SHARE = 0.01  # of context tokens; below it mixing changes next to nothing
+RIGHT_SHARE = 0.5  # of drafts
 MIX_TOLERANCE = 0.25  # of the mix rate
 TIES_SHARE = 0.01  # of the draws: ten times what temperature 1 gives
 MISMATCH_SHARE = 0.05  # of the verified draws, in bfloat16
@@ -97,6 +99,14 @@ def _mixing_warnings(run: Run) -> list[str]:
             f"{share:.1%} of the response tokens were sampled, the mix rate was {rate:.1%} on average: the last token "
             "of a response is never sampled, which counts where responses are short."
         ]
+    later = [row for row in run.rows if row.get("mix_rate")][-max(1, len(run.rows) // 2) :]
+    changed = weighted_mean(later, "changed_token_share")
+    if any("changed_token_share" in row for row in later) and changed < CHANGED_SHARE:
+        return [
+            f"In the later half of the run only {changed:.1%} of the context tokens were not gold: the model knows "
+            "what it trains on, and BSS did what SFT does. method.bss.schedule=constant mixes from the start; more "
+            "data or fewer epochs help, too."
+        ]
     return []
 
 
@@ -127,6 +137,12 @@ def _draft_warnings(run: Run) -> list[str]:
         )
     elif num_truncated > TRUNCATED_SHARE * num_drafts:
         warnings.append(f"{num_truncated} of {num_drafts} drafts were cut at method.rac.max_draft_tokens, {limit}.")
+    num_right = round(total(run.rows, "num_right_drafts"))
+    if num_right > RIGHT_SHARE * num_drafts:
+        warnings.append(
+            f"{num_right} of {num_drafts} drafts were the reference already: there was little to correct. Give RAC "
+            "prompts that the model has not learnt by heart: more data, fewer epochs."
+        )
     return [*warnings, *_copy_warnings(run.samples)]
 
 

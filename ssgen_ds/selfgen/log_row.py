@@ -9,13 +9,21 @@ from ssgen_ds.selfgen.rounds import Generated, RoundStats, Slot
 
 
 def generated_row(method: MethodConfig, slots: list[Slot], records: list[Generated]) -> dict[str, Any]:
-    """Of one step: the mix rate, what share of its response tokens was sampled, and its corrections."""
+    """Of one step: its mix rate, what share of the response tokens was sampled, what share is not gold, its drafts."""
     response_tokens = sum(len(record.gold_ids) for record in records)
-    row = {
+    row: dict[str, Any] = {
         "mix_rate": slots[0].mix_rate,
         "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
     }
+    if method.uses_bss:
+        row["changed_token_share"] = sum(map(_num_changed, records)) / response_tokens
     return row | (_correction_counts(records) if method.uses_rac else {})
+
+
+def _num_changed(record: Generated) -> int:
+    """Tokens of the mixed context that are not the gold ones: where there are none, BSS trains as SFT does."""
+    mixed_ids = record.mixed_ids or record.gold_ids
+    return sum(mixed != gold for mixed, gold in zip(mixed_ids, record.gold_ids, strict=True))
 
 
 def _correction_counts(records: list[Generated]) -> dict[str, int]:
@@ -23,8 +31,15 @@ def _correction_counts(records: list[Generated]) -> dict[str, int]:
         "num_corrections": sum(record.target_ids is not None for record in records),
         "num_empty_drafts": sum(record.draft_ids == [] for record in records),
         "num_truncated_drafts": sum(_ran_out(record) for record in records),
+        "num_right_drafts": sum(_is_gold(record) for record in records),
         "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
     }
+
+
+def _is_gold(record: Generated) -> bool:
+    """Whether the draft is the reference, its end included: then there is nothing to correct."""
+    draft_ids = [*(record.draft_ids or []), record.draft_stop_id]
+    return record.draft_ids is not None and record.gold_ids[: len(draft_ids)] == draft_ids
 
 
 def _ran_out(record: Generated) -> bool:

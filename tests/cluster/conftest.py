@@ -51,10 +51,17 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+GresTypes=gpu
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:2
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:2
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
+"""
+
+
+# For SLURM each node has two GPUs, so that it counts ranks by them; the ranks look for themselves and find none.
+GRES = """
+NodeName=n[1-2] Name=gpu Count=2
 """
 
 
@@ -131,6 +138,7 @@ def daemons(cluster: Cluster) -> Iterator[None]:
     ports = _free_ports(3)
     text = CONFIG.format(folder=folder, ports=ports, user=getpass.getuser(), host=socket.gethostname())
     (folder / "slurm.conf").write_text(text, encoding="utf-8")
+    (folder / "gres.conf").write_text(GRES, encoding="utf-8")
     cluster.run("mungekey", "--create", f"--keyfile={folder}/munge.key")
     munged = [
         *("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"),

@@ -51,6 +51,16 @@ def test_a_job_written_and_submitted_for_its_recipe(cluster: Cluster, inputs: Pa
     assert "error: sbatch refused the job: " in refused.stderr and "invalid partition" in refused.stderr
 
 
+def test_a_node_with_two_gpus_gets_two_ranks(cluster: Cluster, inputs: Path) -> None:
+    """And fewer CPUs than ranks: they share."""
+    recipe, options = str(recipe_file(inputs, "two-gpus")), ("--nodes=1", "--gpus-per-node=2")
+    job = cluster.submit("train.sbatch", recipe, options=options)
+    assert cluster.finish(job)["ExitCode"] == "0:0", cluster.log(job)
+    environment = json.loads((inputs / "runs" / "two-gpus" / "environment.json").read_text())
+    assert environment["world_size"] == 2 and cluster.show(job)["NumNodes"] == "1"
+    assert same_training(inputs / "runs" / "two-gpus", reference(inputs))
+
+
 def test_the_deepspeed_launcher_stops_and_goes_on(cluster: Cluster, inputs: Path) -> None:
     """The signal reaches the ranks, not the launcher, which would leave them behind; 75 comes back."""
     run_dir = inputs / "runs" / "launcher"

@@ -66,7 +66,7 @@ def tokens_of(run_dir: Path) -> list[list[Generated]]:
 
 
 TIMES = (
-    *("step_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("step_seconds", "eval_seconds", "selfgen_seconds", "tokens_per_second", "peak_memory_bytes"),
     *("peak_generate_bytes", "peak_train_bytes", "peak_optimizer_bytes"),
     *("checkpoint_seconds", "checkpoint_bytes"),
 )

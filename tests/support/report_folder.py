@@ -38,6 +38,7 @@ def make_row(step: int, noise: random.Random) -> dict[str, Any]:
         "num_tokens": 3000,
         "mix_rate": 0.25 * step / 96,
         "sampled_token_share": 0.24 * step / 96,
+        "changed_token_share": 0.12 * step / 96,
         "selfgen_passes": 6 if starts_round else 0,
         "selfgen_seconds": 9.0 if starts_round else 0.0,
         "step_seconds": 2.0,
@@ -49,6 +50,7 @@ def make_row(step: int, noise: random.Random) -> dict[str, Any]:
         "num_corrections": 30,
         "num_empty_drafts": 2,
         "num_truncated_drafts": 4,
+        "num_right_drafts": 3,
         "num_rewrites_used": 0,
     }
     if starts_round:

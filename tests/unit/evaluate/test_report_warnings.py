@@ -47,7 +47,15 @@ def test_a_healthy_run_has_no_warnings(make_run: MakeRun) -> None:
             lambda row: {"sampled_token_share": row["mix_rate"] / 2},
             "6.3% of the response tokens were sampled, the",
         ),
-        (lambda row: {"num_corrections": 0, "num_truncated_drafts": 0}, "Every draft was empty"),
+        (
+            lambda row: {"changed_token_share": 0.2 if row["step"] < 49 else 0.004},
+            "In the later half of the run only 0.4% of the context tokens were not gold",
+        ),
+        (lambda row: {"num_right_drafts": 20}, "1920 of 3072 drafts were the reference already"),
+        (
+            lambda row: {"num_corrections": 0, "num_truncated_drafts": 0, "num_right_drafts": 0},
+            "Every draft was empty",
+        ),
         (
             lambda row: {"num_truncated_drafts": 32},
             "No draft ended by itself: all 3072 were cut",
@@ -62,7 +70,7 @@ def test_a_healthy_run_has_no_warnings(make_run: MakeRun) -> None:
         (lambda row: {"selfgen_ties": 100}, "Rounding may have decided"),
         (lambda row: {"selfgen_verified": 100, "selfgen_mismatches": 6}, "576 of 9,600 sampled tokens came out diff"),
         (
-            lambda row: {"num_corrections": 1, "num_empty_drafts": 3, "num_truncated_drafts": 0},
+            lambda row: {"num_corrections": 1, "num_empty_drafts": 3, "num_truncated_drafts": 0, "num_right_drafts": 0},
             "288 of 384 drafts were empty",
         ),
     ],
