@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ _NAP = 5.0
 
 @contextmanager
 def without_stale_locks() -> Iterator[None]:
-    """Inside, no lock of a dead process is waited for longer than `STALE_SECONDS`."""
+    """Inside, no lock of a dead process is waited for longer than `STALE_SECONDS`, and ninja is the environment's own."""
+    _prefer_own_ninja()
     ended = threading.Event()
 
     def sweep() -> None:
@@ -35,6 +37,17 @@ def without_stale_locks() -> Iterator[None]:
         yield
     finally:
         ended.set()
+
+
+def _prefer_own_ninja() -> None:
+    """An environment that is not activated has its ninja beside its Python only, and perhaps there is no other.
+
+    Two versions that take turns would compile every operator anew: each distrusts the other's log.
+    """
+    scripts = sysconfig.get_path("scripts")
+    found = os.environ.get("PATH", "")
+    if found.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{found}"
 
 
 def build_root() -> Path:

@@ -49,6 +49,7 @@ class RunLock:
     _owner: _Owner = field(default_factory=lambda: _Owner.me(), init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
     _created: bool = field(default=False, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
 
     @property
     def file(self) -> Path:
@@ -62,12 +63,15 @@ class RunLock:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         while not self._create():
             self._wait_for_death()
-        threading.Thread(target=self._beat, name="ssgen-lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="ssgen-lock", daemon=True)
+        self._thread.start()
         return self
 
     def release(self) -> None:
         """Give it back; a lock that somebody has taken over stays theirs."""
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join(BEAT_SECONDS)  # a beat on its way would bring the file back
         owner = _read(self.file)
         if owner is not None and owner["token"] == self.token:
             self.file.unlink(missing_ok=True)

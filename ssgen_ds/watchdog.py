@@ -35,6 +35,7 @@ BEAT_SECONDS = 1.0
 SETUP_PHASES = ("start", "prepare", "load", "export")
 SETUP_PATIENCE = 8  # times collective_timeout: tokenizing and converting are one rank's long work, others wait
 _LOST_SECONDS = 10.0  # without a store before rank 0 counts as gone; at a normal end it is gone for a moment
+_CLOSE_SECONDS = 5.0  # for the threads' last call to the store
 _FIRST_WORDS = 1.5  # seconds in which the others read a verdict before rank 0 takes the store away
 
 
@@ -113,6 +114,7 @@ class Watchdog:
     _answered: float = field(default=0.0, init=False)
     _lost: bool = field(default=False, init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
+    _threads: list[threading.Thread] = field(default_factory=list, init=False)
 
     def start(self) -> None:
         """All ranks call it together: each leaves its first beat before it goes on."""
@@ -123,11 +125,17 @@ class Watchdog:
             if self.rank == 0:
                 self.store.set("stop", "")
                 self.store.set("verdict", "")
-            threading.Thread(target=self._talk, name="ssgen-beat", daemon=True).start()
-        threading.Thread(target=self._watch, name="ssgen-watch", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._talk, name="ssgen-beat", daemon=True))
+        self._threads.append(threading.Thread(target=self._watch, name="ssgen-watch", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
+        """The process may end: a thread that came back from the store while Python shuts down would abort it."""
         self._ended.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_CLOSE_SECONDS)
 
     def fail(self, text: str) -> None:
         """Tell the others why this rank leaves; returns when they have had the time to read it.

@@ -59,9 +59,11 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptM
 """
 
 
-# For SLURM each node has two GPUs, so that it counts ranks by them; the ranks look for themselves and find none.
+# For SLURM each node has two GPUs, so that it counts ranks by them: it asks for a device file of each, and no more. The
+# ranks look for themselves and find none.
 GRES = """
-NodeName=n[1-2] Name=gpu Count=2
+NodeName=n[1-2] Name=gpu File=/dev/null
+NodeName=n[1-2] Name=gpu File=/dev/zero
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,3 +48,13 @@ def test_a_start_does_not_wait_for_a_dead_compiler(tmp_path, monkeypatch):
         waiter.start()
         waiter.join(20)
     assert not waiter.is_alive()
+
+
+def test_ninja_is_that_of_this_environment(tmp_path, monkeypatch):
+    """Whether the environment is activated or not: two versions that take turns compile everything anew."""
+    other = tmp_path / "ninja"
+    other.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ninja") == str(other)
+    with without_stale_locks():
+        assert Path(shutil.which("ninja")).parent == Path(sys.executable).parent
