@@ -22,7 +22,7 @@ _NAP = 5.0
 
 @contextmanager
 def without_stale_locks() -> Iterator[None]:
-    """Inside, no lock of a dead process is waited for longer than `STALE_SECONDS`, and ninja is the environment's own."""
+    """Inside, no lock of a dead process is waited for beyond `STALE_SECONDS`, and ninja is the environment's own."""
     _prefer_own_ninja()
     ended = threading.Event()
 
