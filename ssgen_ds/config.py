@@ -106,8 +106,8 @@ class SamplingConfig(Section):
 
 
 class BssConfig(SamplingConfig):
-    mix_rate: Share = 0.25  # the peak; the schedule scales it and never exceeds it
-    schedule: Literal["constant", "linear", "cosine", "inverse_sigmoid"] = "linear"
+    mix_rate: Share = 0.1  # the peak; the schedule scales it and never exceeds it
+    schedule: Literal["constant", "linear", "cosine", "inverse_sigmoid"] = "constant"
 
 
 class RacConfig(SamplingConfig):

@@ -185,7 +185,7 @@ def measurement(gold: list[Scores], own: list[Scores], shared: list[Scores]) -> 
 def result() -> dict:
     gold, own = [scores_of(1, 2, 3, hits=3), scores_of(6, hits=1)], [scores_of(2, 4, 6, hits=1), scores_of(8)]
     later = [scores_of(1, 3, 5, hits=2), scores_of(7)]
-    elsewhere = [scores_of(1, 2, 4, hits=2), scores_of(9)]
+    elsewhere = [scores_of(1, 2, 4, hits=1), scores_of(13)]
     measured = [measurement(gold, own, own), measurement(gold, later, elsewhere)]
     return gap_result([("base", "a.gguf"), ("run", "runs/run")], measured, [[1, 2, 3], [4]], GapSettings((0.0, 1.0)))
 
@@ -197,7 +197,7 @@ def test_curves_are_means_over_tokens(result: dict) -> None:
     ]  # fmt: skip
     assert (base["nll"], base["accuracy"]) == ([3.0, 5.0], [1.0, 0.25])
     assert (run["nll"], run["accuracy"]) == ([3.0, 4.0], [1.0, 0.5])
-    assert (shared["nll"], shared["accuracy"]) == ([3.0, 4.0], [1.0, 0.5])
+    assert (shared["nll"], shared["accuracy"]) == ([3.0, 5.0], [1.0, 0.25])
     assert base["sampled_share"] == [0.0, 0.5] and base["changed_share"] == [0.0, 0.5]
     # of two examples, resamples hold one or the other alone about every fourth time
     assert (base["nll_low"][0], base["nll_high"][0]) == (2.0, 6.0)
@@ -220,10 +220,10 @@ def test_summary_pairs_rates_and_models(result: dict) -> None:
     assert "change_gap_nll" not in base
     assert (run["gap_nll"], run["change_gap_nll"]) == (1.0, -1.0)
     assert (run["change_gap_nll_low"], run["change_gap_nll_high"]) == (-1.0, -1.0)
-    assert (run["gap_nll_shared"], run["change_gap_nll_shared"]) == (1.0, -1.0)
-    # (1 - 6) / 3 in the first example, 3 - 2 in the second
+    assert (run["gap_nll_shared"], run["change_gap_nll_shared"]) == (2.0, 0.0)
+    # (1 - 6) / 3 in the first example, 7 - 2 in the second
     assert run["change_gap_nll_shared_low"] == pytest.approx(-5 / 3, abs=1e-6)
-    assert run["change_gap_nll_shared_high"] == 1.0
+    assert run["change_gap_nll_shared_high"] == 5.0
 
 
 def test_an_interval_covers_what_it_should() -> None:
