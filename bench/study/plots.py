@@ -18,12 +18,12 @@ COLOURS = {
 LABELS = {
     "sft": "SFT",
     "sft 2x": "SFT, twice the steps",
-    "bss .1": "BSS .1",
-    "bss .25": "BSS .25",
+    "bss .1": "BSS .1, linear",
+    "bss .25": "BSS .25, linear",
     "bss .1 constant": "BSS .1, constant",
     "bss .25 constant": "BSS .25, constant",
     "rac": "RAC",
-    "bss+rac": "BSS .1 + RAC",
+    "bss+rac": "BSS .1, linear, and RAC",
 }
 TITLES = {"reverse": "reverse and substitute", "sort": "sort", "sums": "running sums, written out"}
 STYLE = {
