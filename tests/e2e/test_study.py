@@ -63,6 +63,6 @@ def test_the_summary_holds_every_method_and_the_document_every_figure(done, tmp_
     assert entry["corrections"]["greedy"]["answers"] == 8
     assert summary["tasks"]["sort"]["sft"]["versus_sft"]["greedy"]["mean"] == 0.0
     text = (tmp_path / "results-controlled.md").read_text()
-    assert "| BSS .1 + RAC, corrected once |" in text and "What a method costs" in text
+    assert "| BSS .1, linear, and RAC, corrected once |" in text and "What a method costs" in text
     for name in ("length", "gap"):
         assert (tmp_path / "results" / f"study-controlled-{name}.png").stat().st_size > 10_000

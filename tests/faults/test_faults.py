@@ -263,7 +263,7 @@ def test_a_job_that_stood_still_leaves_the_folder_to_its_successor(folder: Path,
     """Both ranks are stopped for so long that another start takes the folder over; when they go on, they end."""
     name = "suspended"
     delays = ",".join(f"delay=20@backward:{rank}:3" for rank in (0, 1))
-    # The other start takes long on a busy machine, and ranks that go on must not be ended by the watchdog's clock first.
+    # The other start takes long on a busy machine, and ranks that go on must not be ended by their clocks.
     command = torchrun("ssgen_ds.train", str(recipe_file(folder, name, recovery__rank_silence=600)))
     process = start(command, SSGEN_FAULT=delays)
     wait_until(process, lambda: len(rows(folder / "runs" / name)) == 2)
