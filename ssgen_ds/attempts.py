@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ssgen_ds.config import Recipe, dump_recipe
 from ssgen_ds.errors import NonFiniteError, StopRequested, UserError
 from ssgen_ds.logbook import read_rows
+from ssgen_ds.run_lock import owner_of
 
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
@@ -33,12 +34,13 @@ class Attempts:
     """The starts of one run. Rank 0 begins an attempt; any rank may say how it ended."""
 
     file: Path
+    owner: str | None = None  # whose run folder it is while this attempt lasts; see run_lock.py
     _earlier: list[dict[str, Any]] = field(default_factory=list, init=False)  # rows before this attempt
     _size: int = field(default=0, init=False)  # bytes that they take
 
     @classmethod
     def of(cls, run_dir: Path) -> Attempts:
-        return cls(run_dir / ATTEMPTS_FILE)
+        return cls(run_dir / ATTEMPTS_FILE, owner_of(run_dir))
 
     def begin(self, recipe: Recipe) -> None:
         """Note a start. Raises UserError when the last ones by this recipe crashed before they knew their step."""
@@ -77,9 +79,12 @@ class Attempts:
         self._append({"outcome": outcome, "reason": reason})
 
     def failed(self, reason: str) -> None:
-        """For a process that is about to end: a disk that is full or away must not hide the first error."""
+        """For a process that is about to end: a disk that is full or away must not hide the first error.
+
+        A job whose folder was taken over does not speak for the one that has it now.
+        """
         try:
-            if self.file.is_file():
+            if self.file.is_file() and owner_of(self.file.parent) in (None, self.owner):
                 self.end(FAILED, reason)
         except OSError:
             return

@@ -206,6 +206,12 @@ def _read(file: Path) -> dict[str, Any] | None:
         return {"token": text, "beat": -1, "host": "an unknown host", "pid": -1, "job": "", "since": "an unknown time"}
 
 
+def owner_of(run_dir: Path) -> str | None:
+    """The token of the job that has this folder; None when nobody has."""
+    found = _read(run_dir / LOCK_FILE)
+    return None if found is None else found["token"]
+
+
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
     """Inside, the ranks of `world` alone write this folder, and all of them see it.

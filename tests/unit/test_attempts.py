@@ -11,6 +11,7 @@ import pytest
 from ssgen_ds.attempts import ATTEMPTS_FILE, FAILED, FINISHED, STOPPED, Attempts, attempt, vain_starts
 from ssgen_ds.config import Recipe, parse_recipe
 from ssgen_ds.errors import StopRequested, UserError
+from ssgen_ds.run_lock import RunLock
 
 
 def start(step: int | None, recipe: str = "r", job: str = "") -> list[dict]:
@@ -175,3 +176,18 @@ def test_last_words_never_hide_the_error(tmp_path):
     Attempts.of(tmp_path / "missing").failed("x")
     (tmp_path / "attempts.jsonl").mkdir()
     Attempts.of(tmp_path).failed("x")
+
+
+def test_last_words_of_a_job_whose_folder_was_taken_over_are_not_noted(tmp_path):
+    lock = RunLock(tmp_path).acquire()
+    first = Attempts.of(tmp_path)
+    (tmp_path / ATTEMPTS_FILE).write_text("")
+    lock.release()
+    successor = RunLock(tmp_path).acquire()
+    first.failed("it stood still")
+    assert (tmp_path / ATTEMPTS_FILE).read_text() == ""
+    Attempts.of(tmp_path).failed("a rank was lost")
+    assert "a rank was lost" in (tmp_path / ATTEMPTS_FILE).read_text()
+    successor.release()
+    first.failed("nobody has it now")
+    assert "nobody has it now" in (tmp_path / ATTEMPTS_FILE).read_text()
