@@ -90,7 +90,8 @@ def _row(
 
 def _equal_time(measured: dict[str, Any], steps: float, seeds: list[int], own: np.ndarray) -> Any:
     """Against the first checkpoint of the longer SFT run that had at least as many steps as SFT makes in the time."""
-    for end in ("-step36", "-step48", ""):
+    (longer,) = [run for run in RUNS if run.name == "sft_long"]
+    for end in (*(f"-step{step}" for step in longer.checkpoints), ""):
         names = [f"sft_long-{seed}{end}" for seed in seeds]
         many = [measured[name] for name in names if name in measured]
         if len(many) == len(seeds) and many[0]["steps"] >= steps:

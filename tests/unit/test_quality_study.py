@@ -1,6 +1,7 @@
 """The study on SmolLM2: its split, and the table made from scores alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_the_table_pairs_examples_and_seeds_and_finds_the_equal_time(
     Differences are of means over the seeds.
     """
     monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
+    longer = [replace(run, checkpoints=(36, 48)) if run.name == "sft_long" else run for run in table.RUNS]
+    monkeypatch.setattr(table, "RUNS", longer)
     folder = tmp_path / "study"
     folder.mkdir()
     costs = {"sft": (3.0, 0.0), "bss10": (3.2, 1.8)}
