@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
+
+from ssgen_ds.errors import UserError
 
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
@@ -62,10 +65,21 @@ class Journal:
         return self._world.broadcast(len(self.rows()) if self._world.is_main else 0)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Keep all predictions of one example. Rank 0."""
+        """Keep all predictions of one example. Rank 0. Raises UserError as `check_owner` does."""
         assert self._stream is not None
+        self.check_owner()
         self._stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._stream.flush()
+
+    def check_owner(self) -> None:
+        """Raise UserError when another process has begun this evaluation, too, and put its file in place of ours."""
+        assert self._stream is not None
+        ours = os.fstat(self._stream.fileno())
+        if not (self.file.is_file() and os.path.samestat(ours, self.file.stat())):
+            raise UserError(
+                f"{self.file}: another process has begun the same evaluation and goes on with it; this one ends. "
+                "To have both, name another --out"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """All predictions. Rank 0."""

@@ -178,6 +178,7 @@ def _identity(inference: Inference, how: AnswerSettings, scorer: Scorer) -> dict
 def _finish(
     inference: Inference, how: AnswerSettings, scorer: Scorer, journal: Journal, out: Path, seconds: float
 ) -> None:
+    journal.check_owner()
     predictions = journal.rows()
     file = out.with_name(f"{out.stem}.predictions.jsonl")
     result = {

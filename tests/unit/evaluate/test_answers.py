@@ -10,6 +10,7 @@ from ssgen_ds.config import DataConfig
 from ssgen_ds.data.records import Record
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.distributed import World
+from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.answers import AnswerSettings, answer
 from ssgen_ds.evaluate.journal import Journal
 from tests.support.tiny_models import tiny_tokenizer
@@ -110,3 +111,17 @@ def test_answers_of_another_evaluation_are_not_mixed_in(tmp_path: Path, capsys) 
         assert second.rows() == []
     assert "starting over" in capsys.readouterr().err
     assert json.loads(second.file.read_text().splitlines()[0]) == {"model": "b"}
+
+
+def test_of_two_processes_that_write_one_result_the_first_ends(tmp_path: Path) -> None:
+    """The second has put a file of its own in place: what the first wrote from then on would be missing, unnoticed."""
+    with journal(tmp_path) as first:
+        first.append([{"index": 0}])
+        with journal(tmp_path) as second:
+            second.append([{"index": 1}])
+            with pytest.raises(UserError, match="another process has begun the same evaluation"):
+                first.append([{"index": 1}])
+            assert [row["index"] for row in second.rows()] == [0, 1]
+            second.close_for_good()
+        with pytest.raises(UserError, match="another process has begun"):
+            first.check_owner()
