@@ -135,8 +135,8 @@ def map_slurm() -> None:
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     env["LOCAL_WORLD_SIZE"] = str(_slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
     env.setdefault("MASTER_ADDR", _first_slurm_host(env["SLURM_STEP_NODELIST"]))
-    # Jobs that share a node must not share a port; the job id tells them apart.
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    # Jobs that share a node must not share a port, nor take one that the system gives to connections (from 32768 on).
+    env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
 def _slurm_counts(text: str) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import ROOT, environment
+from tests.support.launch import ROOT, environment, free_port
 from tests.support.tiny_runs import make_inputs
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -137,7 +137,7 @@ def daemons(cluster: Cluster) -> Iterator[None]:
     """All of them, in the foreground, until the end."""
     folder = cluster.folder
     (folder / "state").mkdir()
-    ports = _free_ports(3)
+    ports = [free_port() for _ in range(3)]
     text = CONFIG.format(folder=folder, ports=ports, user=getpass.getuser(), host=socket.gethostname())
     (folder / "slurm.conf").write_text(text, encoding="utf-8")
     (folder / "gres.conf").write_text(GRES, encoding="utf-8")
@@ -186,14 +186,6 @@ def _end_jobs(cluster: Cluster) -> None:
     deadline = time.monotonic() + 30
     while cluster.run("squeue", "-h") and time.monotonic() < deadline:
         time.sleep(0.5)
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="session")

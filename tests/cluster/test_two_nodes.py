@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,13 +10,7 @@ import pytest
 
 from tests.cluster.runs import LIMIT, recipe_file, reference
 from tests.e2e.test_launchers import same_training
-from tests.support.launch import Finished, finish, start
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+from tests.support.launch import Finished, finish, free_port, start
 
 
 def torchrun(port: str, node: int, *arguments: str) -> list[str]:
@@ -50,14 +43,14 @@ def hosts(inputs: Path) -> Path:
 
 
 def test_torchrun_on_two_nodes(inputs: Path) -> None:
-    recipe, port = str(recipe_file(inputs, "c10d")), free_port()
+    recipe, port = str(recipe_file(inputs, "c10d")), str(free_port())
     results = both([torchrun(port, node, recipe) for node in (0, 1)])
     assert [result.returncode for result in results] == [0, 0], results
     assert same_training(inputs / "runs" / "c10d", reference(inputs))
 
 
 def test_deepspeed_on_two_nodes_without_ssh(inputs: Path, hosts: Path) -> None:
-    recipe, port = str(recipe_file(inputs, "no-ssh")), free_port()
+    recipe, port = str(recipe_file(inputs, "no-ssh")), str(free_port())
     results = both([deepspeed(hosts, port, node, recipe) for node in (0, 1)])
     assert [result.returncode for result in results] == [0, 0], results
     assert same_training(inputs / "runs" / "no-ssh", reference(inputs))
@@ -66,7 +59,7 @@ def test_deepspeed_on_two_nodes_without_ssh(inputs: Path, hosts: Path) -> None:
 def test_a_node_that_does_not_come_is_named(inputs: Path, hosts: Path) -> None:
     """One of the two nodes is never started: a clear end within seconds, not a wait of half an hour."""
     began = time.monotonic()
-    command = deepspeed(hosts, free_port(), 0, str(recipe_file(inputs, "lonely")), "recovery.rendezvous=5")
+    command = deepspeed(hosts, str(free_port()), 0, str(recipe_file(inputs, "lonely")), "recovery.rendezvous=5")
     (result,) = both([command])
     assert result.returncode == 2, result
     assert "1 of 2 ranks did not come within 5 s: 1; here are 1 on " in result.stderr, result
@@ -75,7 +68,7 @@ def test_a_node_that_does_not_come_is_named(inputs: Path, hosts: Path) -> None:
 
 
 def test_two_nodes_with_the_same_rank_are_refused(inputs: Path, hosts: Path) -> None:
-    recipe, port = str(recipe_file(inputs, "doubled")), free_port()
+    recipe, port = str(recipe_file(inputs, "doubled")), str(free_port())
     processes = [start(deepspeed(hosts, port, 0, recipe, "recovery.rendezvous=8")) for _ in range(2)]
     results = [finish(process, LIMIT) for process in processes]
     assert [result.returncode for result in results] == [2, 2], results
@@ -85,7 +78,7 @@ def test_two_nodes_with_the_same_rank_are_refused(inputs: Path, hosts: Path) -> 
 
 def test_a_recipe_that_one_node_does_not_see_is_named_on_both(inputs: Path, hosts: Path) -> None:
     """The folder of the recipe is not shared: the node that has it does not wait for the other."""
-    port, began = free_port(), time.monotonic()
+    port, began = str(free_port()), time.monotonic()
     recipe, missing = recipe_file(inputs, "here-only"), inputs / "nowhere.yaml"
     first, second = both([deepspeed(hosts, port, node, str(file)) for node, file in ((0, recipe), (1, missing))])
     assert (first.returncode, second.returncode) == (2, 2), (first, second)

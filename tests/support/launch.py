@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -71,7 +73,14 @@ def torchrun(module: str, *arguments: str, ranks: int = 2) -> list[str]:
 def deepspeed(module: str, *arguments: str, ranks: int = 2) -> list[str]:
     """Its default port is 29500 for everybody: take a free one."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     return [launcher, "--num_accelerators", str(ranks), "--master_port", port, "--module", module, *arguments]
+
+
+def free_port() -> int:
+    """One that nobody listens at, below those that the system gives to connections: it may be used seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port

@@ -42,7 +42,7 @@ def test_a_task_of_srun_gets_its_rank(environment: pytest.MonkeyPatch) -> None:
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": "20017",  # 20000 + 40017 % 20000
+        "MASTER_PORT": "12017",  # 12000 + 40017 % 20000
     }
 
 
