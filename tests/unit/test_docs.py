@@ -133,6 +133,26 @@ def test_the_costs_in_the_tuning_guide_are_those_that_were_measured():
     assert "{} tokens a second on two ranks where the model is gathered, {} where".format(*drafts) in text
 
 
+def test_the_readme_says_of_quality_what_the_studies_found():
+    results, rows = Path("bench/results"), Path("README.md").read_text(encoding="utf-8").splitlines()
+    tasks = json.loads((results / "study-controlled.json").read_text())["tasks"]
+    expected = []
+    for task in ("reverse", "sort", "sums"):
+        sft, bss = (tasks[task][method] for method in ("sft", "bss .1 constant"))
+        found = bss["versus_sft"]["greedy"]
+        means = [one["answers"]["greedy"]["mean"] for one in (sft, bss)]
+        numbers = [f"{100 * value:.1f}" for value in means]
+        change = [f"{100 * found[key]:+.1f}" for key in ("mean", "low", "high")]
+        expected.append(f"| {numbers[0]} | {numbers[1]} | {change[0]} [{change[1]}, {change[2]}] |")
+    real = {row["title"]: row for row in json.loads((results / "study-smollm2.json").read_text())["rows"]}
+    bss = real["BSS, mix rate .1"]
+    change = [f"{bss['against_sft'][key]:+.3f}" for key in ("mean", "low", "high")]
+    numbers = [f"{row['rougeL']['mean']:.3f}" for row in (real["SFT"], bss)]
+    expected.append(f"| {numbers[0]} | {numbers[1]} | {change[0]} [{change[1]}, {change[2]}] |")
+    for line in expected:
+        assert any(row.endswith(line) for row in rows), f"README.md should say: {line}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_point_to_files(page):
     """And to headings in them, under the names that GitHub gives to headings."""
