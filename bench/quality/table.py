@@ -17,6 +17,7 @@ from ssgen_ds.run_folder import package_versions
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 PAGE = Path("docs/results-smollm2.md")
+DISCUSSION = Path(__file__).parent / "discussion.md"
 COMMAND = "make study-smollm2"
 _HEAD = "| model | ROUGE-1 | ROUGE-2 | ROUGE-L, 95 % | against SFT, 95 % | at equal time | s/step | ended |"
 
@@ -104,6 +105,8 @@ def _page(result: dict[str, Any]) -> str:
     lines = [
         "# SmolLM2-135M-Instruct on XSum",
         "",
+        f"<!-- Written by `{result['command']}`; change bench/quality/ instead. -->",
+        "",
         f"Made by `{result['command']}` ([figures](../bench/results/study-smollm2.json), the scores of each example in",
         f"`bench/results/study-smollm2/`). {result['steps']} steps of 8 examples, all weights, float32, on "
         f"{result['cores']} CPU cores; greedy answers",
@@ -128,7 +131,7 @@ def _page(result: dict[str, Any]) -> str:
             f"{row['behaviour']['eos_rate']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + DISCUSSION.read_text(encoding="utf-8")
 
 
 def _difference(found: dict[str, float] | None) -> str:
