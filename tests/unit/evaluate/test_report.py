@@ -311,7 +311,7 @@ def test_costs_add_up(make_run: MakeRun) -> None:
 def test_the_recipe_at_a_glance(make_run: MakeRun) -> None:
     facts = dict(key_facts(load_run(make_run())))
     assert facts["model"] == BASE and facts["data"] == "train.jsonl" and facts["trained weights"] == "all"
-    assert facts["mix rate"] == "0.25, linear" and facts["ran on"] == "2 ranks, cpu, ZeRO 3"
+    assert facts["mix rate"] == "0.1, constant" and facts["ran on"] == "2 ranks, cpu, ZeRO 3"
     assert facts["corrections"] == "towards the reference, weight 1" and facts["began"] == "2026-01-31 12:00"
 
 
