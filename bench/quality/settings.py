@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 STEPS = 24  # optimizer steps of 8 examples
-LONGER = 32  # steps of the SFT run that had at least as much time as BSS; RAC would need some 65
+LONGER = 32  # steps of the SFT run that had at least as much time as BSS; RAC would need some 74
 REFRESH_EVERY = 8  # steps of one round of self-generation
 TEST_EXAMPLES = 100
 TEST_SHARE = 0.2  # of the rows, by a hash of their id
