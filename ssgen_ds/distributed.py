@@ -60,12 +60,6 @@ class World:
         with self.phases.enter(name, step), self.memory.of(name):
             yield
 
-    def end(self, text: str) -> None:
-        """End all ranks at once, from any thread: nothing more is written, not even the reason, but it is said."""
-        if self.watchdog is None:
-            raise RankLost(text)
-        self.watchdog.end(text)
-
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssgen_ds.errors import UserError
+from ssgen_ds.errors import EXIT_FAILURE, UserError
 
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
@@ -34,17 +35,24 @@ SHARED_SECONDS = 10.0  # a network file system may show a new file this late
 _NAP = 0.2
 
 
+def _end_at_once(text: str) -> None:
+    """Wait for nobody, not even to tell the other ranks: whatever is written meanwhile goes into another job's run."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILURE)
+
+
 @dataclass
 class RunLock:
     """Held by rank 0 from before the first look into the folder until the end.
 
     Args:
         run_dir: created when it does not exist, and removed again when nothing else came into it.
-        lost: called with a message, in a thread of the lock, when another job has taken it over.
+        lost: called with a message, in a thread of the lock, when another job has taken it over; by default this
+            process ends.
     """
 
     run_dir: Path
-    lost: Callable[[str], None] = lambda text: None
+    lost: Callable[[str], None] = _end_at_once
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _owner: _Owner = field(default_factory=lambda: _Owner.me(), init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
@@ -218,7 +226,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
 
     Raises UserError on every rank when another job writes it, or when some rank sees another folder by this name.
     """
-    lock = RunLock(run_dir, world.end)
+    lock = RunLock(run_dir)
     world.together(lambda: lock.acquire() if world.is_main else None)
     try:
         owner = world.broadcast((lock.token, socket.gethostname()))

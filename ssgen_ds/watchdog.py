@@ -14,7 +14,6 @@ rank whose launcher has died (the deepspeed launcher dies of SIGTERM alone) stop
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -82,10 +81,6 @@ def _places(beats: list[Beat]) -> str:
     )
 
 
-def _no_words(text: str) -> None:
-    """Nothing is noted."""
-
-
 @dataclass
 class Watchdog:
     """Started by `process_group`, one on each rank.
@@ -109,7 +104,7 @@ class Watchdog:
     stop: StopFlag
     limits: RecoveryConfig
     launched: bool
-    last_words: Callable[[str], None] = _no_words
+    last_words: Callable[[str], None] = lambda text: None
     _beats: dict[int, tuple[str, float]] = field(default_factory=dict, init=False)  # last beat, time of its change
     _answered: float = field(default=0.0, init=False)
     _lost: bool = field(default=False, init=False)
@@ -146,15 +141,6 @@ class Watchdog:
             return
         self._ended.set()
         self._pronounce(text)
-
-    def end(self, text: str) -> None:
-        """End all ranks now, whatever they do, and note nothing in the run folder."""
-        self.last_words = _no_words
-        if self.store is not None:
-            with contextlib.suppress(dist.DistError):
-                self.store.set("unnoted", "")  # before the verdict, which the others follow at once
-        self._pronounce(text)
-        self._end(text, speak=True)
 
     def _pronounce(self, text: str) -> None:
         """The verdict for all, unless another rank was first; rank 0 takes the store away, so it waits a moment."""
@@ -206,8 +192,6 @@ class Watchdog:
                 if stop:
                     self.stop.is_set = True
                 if verdict:
-                    if self.store.check(["unnoted"]):
-                        self.last_words = _no_words
                     self._end(verdict.decode(), speak=self.rank == 0)
         except dist.DistError:
             self._lost = True  # `_watch` decides what it means

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +78,7 @@ def measure_costs() -> None:
         if run.name in costs or run.steps != STEPS:
             continue
         folder = WORK / f"cost-{run.name}"
-        train(run, seed=0, steps=2 * REFRESH_EVERY, save_every=2 * REFRESH_EVERY, folder=folder)
+        train(run, seed=0, steps=2 * REFRESH_EVERY, folder=folder)
         rows = read_rows(folder / "metrics.jsonl")[REFRESH_EVERY:]  # one whole round, not the first
         costs[run.name] = {
             "steps": len(rows),
@@ -91,24 +90,20 @@ def measure_costs() -> None:
 
 def train_and_evaluate(run: Run, seed: int) -> None:
     name = f"{run.name}-{seed}"
-    places = [(name, run.steps), *((f"{name}-step{step}", step) for step in run.checkpoints)]
-    if all((RESULTS / f"{place}.json").is_file() for place, _ in places):
+    if (RESULTS / f"{name}.json").is_file():
         return
     folder = WORK / name
-    train(run, seed, run.steps, math.gcd(run.steps, *run.checkpoints), folder)
-    rows = read_rows(folder / "metrics.jsonl")
-    for place, step in places:
-        num_tokens = sum(row["num_tokens"] for row in rows[:step])
-        facts = {"seed": seed, "title": run.title, "steps": step, "num_tokens": num_tokens}
-        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-        evaluate(place, str(folder if step == run.steps else checkpoint), facts, run.corrected)
+    train(run, seed, run.steps, folder)
+    num_tokens = sum(row["num_tokens"] for row in read_rows(folder / "metrics.jsonl"))
+    facts = {"seed": seed, "title": run.title, "steps": run.steps, "num_tokens": num_tokens}
+    evaluate(name, str(folder), facts, run.corrected)
 
 
-def train(run: Run, seed: int, steps: int, save_every: int, folder: Path) -> None:
+def train(run: Run, seed: int, steps: int, folder: Path) -> None:
     ssgen(
         "train", str(RECIPE), *run.overrides, f"train.seed={seed}", f"train.max_steps={steps}",
         f"selfgen.refresh_every={REFRESH_EVERY}", f"data.max_prompt_tokens={MAX_PROMPT_TOKENS}",
-        f"checkpoint.every={save_every}", "checkpoint.keep=9", f"output_dir={folder}",
+        f"checkpoint.every={steps}", f"output_dir={folder}",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 STEPS = 24  # optimizer steps of 8 examples
 LONGER = 32  # steps of the SFT run that had at least as much time as BSS; RAC would need some 74
@@ -23,7 +23,6 @@ class Run:
     overrides: tuple[str, ...] = ()
     corrected: bool = False
     steps: int = STEPS
-    checkpoints: tuple[int, ...] = field(default=())  # evaluated besides the last step
 
 
 RUNS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.settings import RUNS, STEPS, TEST_EXAMPLES
+from bench.quality.settings import LONGER, MAX_PROMPT_TOKENS, RUNS, STEPS, TEST_EXAMPLES
 from ssgen_ds.evaluate.statistics import difference, interval
 from ssgen_ds.run_folder import package_versions
 
@@ -80,6 +80,9 @@ def _row(
     row["num_tokens"] = float(np.mean([one["num_tokens"] for one in runs]))
     if name in seconds:
         row["seconds_per_step"] = seconds[name]
+    if which == "scores" and runs[0]["first_scores"]:
+        direct, corrected = (values(runs, key, "rougeL") for key in ("first_scores", "scores"))
+        row["against_direct"] = asdict(difference(direct, corrected))
     sft = [measured[f"sft-{seed}"] for seed in seeds if f"sft-{seed}" in measured]
     if name != "sft" and len(sft) == len(seeds):
         row["against_sft"] = asdict(difference(values(sft, "scores", "rougeL"), values(runs, which, "rougeL")))
@@ -90,15 +93,12 @@ def _row(
 
 
 def _equal_time(measured: dict[str, Any], steps: float, seeds: list[int], own: np.ndarray) -> Any:
-    """Against the first checkpoint of the longer SFT run that had at least as many steps as SFT makes in the time."""
-    (longer,) = [run for run in RUNS if run.name == "sft_long"]
-    for end in (*(f"-step{step}" for step in longer.checkpoints), ""):
-        names = [f"sft_long-{seed}{end}" for seed in seeds]
-        many = [measured[name] for name in names if name in measured]
-        if len(many) == len(seeds) and many[0]["steps"] >= steps:
-            scores = np.mean([[one["rougeL"] for one in run["scores"]] for run in many], axis=0)
-            return {"steps": many[0]["steps"], **asdict(difference(scores, own))}
-    return None
+    """Against the longer SFT run, where that had at least as many steps as SFT makes in the time."""
+    many = [measured[name] for seed in seeds if (name := f"sft_long-{seed}") in measured]
+    if len(many) < len(seeds) or many[0]["steps"] < steps:
+        return None
+    scores = np.mean([[one["rougeL"] for one in run["scores"]] for run in many], axis=0)
+    return {"steps": many[0]["steps"], **asdict(difference(scores, own))}
 
 
 def _page(result: dict[str, Any]) -> str:
@@ -110,10 +110,11 @@ def _page(result: dict[str, Any]) -> str:
         f"Made by `{result['command']}` ([figures](../bench/results/study-smollm2.json), the scores of each example in",
         f"`bench/results/study-smollm2/`). {result['steps']} steps of 8 examples, all weights, float32, on "
         f"{result['cores']} CPU cores; greedy answers",
-        f"to {result['test_examples']} held-out articles (split by a hash of the id), cut to 96 tokens. Seeds: "
-        f"{', '.join(map(str, result['seeds']))}. *Against SFT* is",
-        "the paired difference in ROUGE-L at equal steps, *at equal time* that from an SFT run that was given at least",
-        "as many seconds, generation included. Intervals cover the choice of articles, not of the seed.",
+        f"to {result['test_examples']} held-out articles (split by a hash of the id), "
+        f"prompts cut to {MAX_PROMPT_TOKENS} tokens. Seeds: {', '.join(map(str, result['seeds']))}.",
+        "*Against SFT* is the paired difference in ROUGE-L at equal steps, *at equal time* that from an SFT run that",
+        f"had at least as many seconds, generation included ({LONGER} steps; empty where that is too few). Intervals",
+        "cover the choice of articles, not of the seed.",
         "",
         _HEAD,
         "|---|---|---|---|---|---|---|---|",
@@ -131,6 +132,13 @@ def _page(result: dict[str, Any]) -> str:
             f"{row['behaviour']['eos_rate']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    turns = [
+        f"{row['title'].removesuffix(', corrected')} {_difference(row['against_direct'])}"
+        for row in result["rows"]
+        if "against_direct" in row
+    ]
+    if turns:
+        lines += ["", f"What the correction turn changed, corrected against direct: {'; '.join(turns)}."]
     return "\n".join(lines) + "\n\n" + DISCUSSION.read_text(encoding="utf-8")
 
 
