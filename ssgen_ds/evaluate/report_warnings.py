@@ -15,7 +15,7 @@ TRUNCATED_SHARE = 0.5  # of drafts without an end
 UNCHANGED_SHARE = 0.9  # of corrected answers
 REPEATED_SHARE = 0.25  # of an answer's 4-grams
 LENGTH_RATIOS = (0.5, 2.0)
-CHANGED_SHARE = 0.01  # of context tokens; below it mixing changes next to nothing
+CHANGED_SHARE = 0.05  # of the sampled tokens; below it mixing changes next to nothing
 RIGHT_SHARE = 0.5  # of drafts
 MIX_TOLERANCE = 0.25  # of the mix rate
 TIES_SHARE = 0.01  # of the draws: ten times what temperature 1 gives
@@ -99,13 +99,13 @@ def _mixing_warnings(run: Run) -> list[str]:
             f"{share:.1%} of the response tokens were sampled, the mix rate was {rate:.1%} on average: the last token "
             "of a response is never sampled, which counts where responses are short."
         ]
-    later = [row for row in run.rows if row.get("mix_rate")][-max(1, len(run.rows) // 2) :]
-    changed = weighted_mean(later, "changed_token_share")
-    if any("changed_token_share" in row for row in later) and changed < CHANGED_SHARE:
+    later = [row for row in run.rows if row.get("changed_token_share") is not None][-max(1, len(run.rows) // 2) :]
+    sampled, changed = (weighted_mean(later, key) for key in ("sampled_token_share", "changed_token_share"))
+    if changed < CHANGED_SHARE * sampled:
+        ramp = "" if run.recipe["method"]["bss"]["schedule"] == "constant" else " method.bss.schedule=constant,"
         return [
-            f"In the later half of the run only {changed:.1%} of the context tokens were not gold: the model knows "
-            "what it trains on, and BSS did what SFT does. method.bss.schedule=constant mixes from the start; more "
-            "data or fewer epochs help, too."
+            f"In the later half of the run only {changed / sampled:.0%} of the sampled tokens differed from gold: the "
+            f"model knows what it trains on, and BSS did what SFT does. Try{ramp} more data, or fewer epochs."
         ]
     return []
 
