@@ -15,7 +15,6 @@ any other wrote. There is no RNG state and no data cursor to keep: both are func
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import PARTIAL, fsync, publish
 from ssgen_ds.shard_file import FileEntry, ShardReader, write_shard
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MARKER, INDEX, STATE, RECIPE, ROUND = "COMPLETE", "index.json", "state.json", "recipe.yaml", "round.parquet"
 BEST = "best.json"  # in checkpoints/: the step whose evaluation is best
-_PARTIAL, _SHARDS = ".partial-", "shard-*.safetensors"
+_SHARDS = "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def save_checkpoint(
 
     began = time.perf_counter()
     final = checkpoint_dir(run_dir, state.step)
-    partial = final.with_name(f"{_PARTIAL}{final.name}")
+    partial = final.with_name(f"{PARTIAL}{final.name}")
     fragments = Fragments(engine)
     needed = int(world.sum(fragments.nbytes / (world.size if fragments.is_replicated else 1))[0])
     shard = partial / f"shard-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -108,7 +108,7 @@ def save_checkpoint(
 
 def _make_room(run_dir: Path, partial: Path, needed: int) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for stale in partial.parent.glob(f"{_PARTIAL}*"):  # of writes that were cut short
+    for stale in partial.parent.glob(f"{PARTIAL}*"):  # of writes that were cut short
         shutil.rmtree(stale)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
@@ -135,17 +135,13 @@ def _publish(
         shutil.copyfile(round_file, partial / ROUND)
     for file in (partial / STATE, partial / RECIPE, partial / ROUND):
         if file.is_file():
-            _fsync(file)
+            fsync(file)
             entries[file.name] = FileEntry.of(file)
     index = json.dumps({"files": {name: asdict(entry) for name, entry in sorted(entries.items())}}, indent=2)
     (partial / INDEX).write_text(index, encoding="utf-8")
-    _fsync(partial / INDEX)
+    fsync(partial / INDEX)
     (partial / MARKER).write_text(json.dumps({"step": state.step, **asdict(FileEntry.of(partial / INDEX))}), "utf-8")
-    _fsync(partial / MARKER)
-    _fsync(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
-    _fsync(final.parent)
+    publish(partial, final)
 
 
 def _remove_old(run_dir: Path, keep: int) -> None:
@@ -156,14 +152,6 @@ def _remove_old(run_dir: Path, keep: int) -> None:
             continue
         (old / MARKER).unlink()  # first: a removal that is cut short must not look complete
         shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------

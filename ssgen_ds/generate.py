@@ -8,6 +8,7 @@ from typing import Any
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.answers import Answer, AnswerSettings, answer
+from ssgen_ds.files import write_whole
 from ssgen_ds.inference import Inference, InferenceSettings, Ticker, open_inference
 
 
@@ -56,9 +57,4 @@ def check_out(out: Path) -> None:
 
 def write_lines(out: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, all or nothing: a reader never finds half a file."""
-    partial = out.with_name(f".partial-{out.name}")
-    try:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

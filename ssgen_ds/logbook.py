@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 import uuid
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from ssgen_ds.config import LogConfig
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-run-id"
@@ -132,12 +132,7 @@ def drop_rows_after(path: Path, last_step: int) -> list[dict[str, Any]]:
         path.unlink(missing_ok=True)
         return []
     rows = [row for row in read_rows(path) if row["step"] <= last_step]
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -188,7 +183,7 @@ class _Wandb:
 
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+            write_whole(id_file, uuid.uuid4().hex[:12] + "\n")
         run_id = id_file.read_text(encoding="utf-8").strip()
         try:
             self._run = wandb.init(

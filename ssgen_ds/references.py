@@ -16,6 +16,7 @@ from ssgen_ds.config import AdapterConfig, ModelConfig, Recipe, parse_recipe
 from ssgen_ds.data.paths import HUB_ID, PACKAGE_PREFIX
 from ssgen_ds.ds_config import zero_stage
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import whole_folder
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.export import merge_adapter, save_model
 from ssgen_ds.modeling.gather import assign
@@ -143,14 +144,22 @@ def export_run(run: Path, out: Path, merge: bool) -> None:
     assert reference.recipe is not None
     if merge and reference.recipe.adapter.kind == "none":
         raise UserError(f"--merge: {run} trained the whole model, there is no adapter to merge; leave --merge out")
+    try:
+        print(f"{out}: {_export(reference, run, out, merge)}")
+    except OSError as error:
+        raise UserError(f"--out: {error}") from error
+
+
+def _export(reference: Reference, run: Path, out: Path, merge: bool) -> str:
+    """What was done. Raises OSError."""
     if merge:
-        print(f"{out}: merged; its logits differ from base + adapter by at most {_merge(reference, out):.1e}")
-    elif reference.checkpoint is None:
-        shutil.copytree(run / "model", out, dirs_exist_ok=True)
-        print(f"{out}: copied from {run / 'model'}")
-    else:
-        _save_checkpoint_model(reference, out)
-        print(f"{out}: made from {reference.checkpoint}")
+        return f"merged; its logits differ from base + adapter by at most {_merge(reference, out):.1e}"
+    if reference.checkpoint is None:
+        with whole_folder(out) as folder:
+            shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+        return f"copied from {run / 'model'}"
+    _save_checkpoint_model(reference, out)
+    return f"made from {reference.checkpoint}"
 
 
 def _merge(reference: Reference, out: Path) -> float:

@@ -16,6 +16,7 @@ import yaml
 from ssgen_ds.attempts import ATTEMPTS_FILE
 from ssgen_ds.config import Recipe, changed_keys, dump_recipe, parse_recipe
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import PARTIAL, write_whole
 from ssgen_ds.recovery import is_restart
 from ssgen_ds.run_lock import LOCK_FILE, LOCK_REMNANTS
 
@@ -31,7 +32,7 @@ def open_run(recipe: Recipe) -> None:
     saved = run_dir / "recipe.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"output_dir: {run_dir} is a file")
-    ours = {run_dir / LOCK_FILE, run_dir / ATTEMPTS_FILE, *run_dir.glob(LOCK_REMNANTS)}
+    ours = {run_dir / LOCK_FILE, run_dir / ATTEMPTS_FILE, *run_dir.glob(LOCK_REMNANTS), *run_dir.glob(f"{PARTIAL}*")}
     if run_dir.is_dir() and set(run_dir.iterdir()) - ours:
         if not saved.is_file():
             raise UserError(f"output_dir: {run_dir} is not empty and not a run folder; name another")
@@ -54,16 +55,15 @@ def is_finished(run_dir: Path) -> bool:
 
 def mark_finished(run_dir: Path, step: int, **facts: Any) -> None:
     """The last thing that a run writes; `facts` are for reading."""
-    text = json.dumps({"step": step, "time": _now(), **facts})
-    (run_dir / "finished.json").write_text(text, encoding="utf-8")
+    write_whole(run_dir / "finished.json", json.dumps({"step": step, "time": _now(), **facts}))
 
 
 def start_run(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Write the resolved recipe and the environment (rank 0)."""
+    """Write the resolved recipe, which makes the folder a run's, and the environment (rank 0)."""
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
-    (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_whole(run_dir / "recipe.yaml", dump_recipe(recipe))
+    write_whole(run_dir / "environment.json", json.dumps(environment, indent=2))
 
 
 def describe_environment(**facts: Any) -> dict[str, Any]:

@@ -91,20 +91,34 @@ def _stop_if_asked(step: int, world: World) -> None:
 
 
 def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> None:
-    """The trained model and the report; then the run is finished."""
+    """The trained model and the report; then the run is finished.
+
+    Raises UserError on all ranks when they cannot be written; the last checkpoint has all that was trained.
+    """
     from ssgen_ds.evaluate.report import write_report
-    from ssgen_ds.modeling.export import save_model
+    from ssgen_ds.modeling.export import state_to_save, write_model
     from ssgen_ds.modeling.load import resolve_model_path
     from ssgen_ds.run_folder import mark_finished
 
     run_dir = Path(recipe.output_dir)
     base = resolve_model_path(recipe.model.path, recipe.model.revision).path
-    save_model(trainer.engine.module, tokenizer, run_dir / "model", base, is_main=world.is_main)
-    if world.is_main:
+    state = state_to_save(trainer.engine.module)
+
+    def write() -> None:
+        world.phases.tick("model")
+        if state is None:
+            return
+        write_model(trainer.engine.module, state, tokenizer, run_dir / "model", base)
         saved = trainer.saved
         cost = {} if saved is None else {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.nbytes}
         mark_finished(run_dir, trainer.state.step, **cost)
         print(f"model:  {run_dir / 'model'}\nreport: {write_report(run_dir)}")
+
+    try:
+        world.together(write)
+    except UserError as error:
+        kept = f"step {trainer.state.step}, the last, is in the newest checkpoint: start again to write the model"
+        raise UserError(f"the trained model was not written; {kept}\n{error}") from None
     trainer.engine.destroy()  # its hooks would keep the model in memory
     world.barrier()
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import write_whole
 
 if TYPE_CHECKING:
     from ssgen_ds.distributed import World
@@ -41,9 +42,7 @@ class Journal:
         if len(lines) > 1:
             print(f"going on after {len(lines) - 1} answers", file=sys.stderr)
         # Written anew: a line that was cut by a kill must not stay in the middle.
-        partial = self.file.with_suffix(".new")
-        partial.write_text("".join(f"{line}\n" for line in lines or [identity]), encoding="utf-8")
-        partial.replace(self.file)
+        write_whole(self.file, "".join(f"{line}\n" for line in lines or [identity]))
         self._stream = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def _whole_lines(self) -> list[str]:
@@ -99,6 +98,4 @@ class Journal:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """All or nothing: a reader never finds half a file."""
-    partial = file.with_name(f".partial-{file.name}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -6,7 +6,6 @@ say what is shown of it, `curves` draws, and report.html.j2 puts it on a page.
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from pathlib import Path
@@ -36,6 +35,7 @@ from ssgen_ds.evaluate.report_scores import (
 )
 from ssgen_ds.evaluate.report_texts import answer_texts, training_texts
 from ssgen_ds.evaluate.report_warnings import eval_losses_of, find_warnings, weighted_mean
+from ssgen_ds.files import write_whole
 from ssgen_ds.progress import compact, duration
 
 REPORT_FILE = "report.html"
@@ -56,9 +56,7 @@ def write_report(run_dir: Path) -> Path:
     """
     page = render_report(load_run(Path(run_dir)))
     path = Path(run_dir) / REPORT_FILE
-    partial = path.with_name(f"{REPORT_FILE}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssgen_ds.errors import UserError
+from ssgen_ds.files import whole_folder
 from ssgen_ds.modeling.gather import full_state_dict
 
 if TYPE_CHECKING:
@@ -27,27 +28,51 @@ def save_model(
     *,
     is_main: bool,
 ) -> None:
-    """Write the model (or, of a LoRA model, the adapter) and its tokenizer. All ranks call it; the main one writes.
+    """`state_to_save` and `write_model` in one. All ranks call it; the main one writes."""
+    state = state_to_save(module)
+    if is_main:
+        assert state is not None, "the main process is global rank 0"
+        write_model(module, state, tokenizer, out_dir, base_path)
+
+
+def state_to_save(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The model's state, or its adapter's, whole and in host memory, on rank 0; None elsewhere. All ranks call it.
 
     Args:
         module: the model inside the DeepSpeed engine, a PreTrainedModel or PeftModel; partitioned or not.
-        base_path: what the adapter's configuration names as its base: a hub id or folder that peft can load.
     """
     from peft import PeftModel
 
-    is_adapter = isinstance(module, PeftModel)
-    state = full_state_dict(module, trainable_only=is_adapter)
-    if not is_main:
-        return
-    assert state is not None, "the main process is global rank 0"
-    if is_adapter:
-        module.peft_config[module.active_adapter].base_model_name_or_path = base_path
-        # The embeddings are not trained; peft would otherwise ask the hub whether they were resized.
-        module.save_pretrained(out_dir, state_dict=state, save_embedding_layers=False)
-    else:
-        with _settings_for_saving(module):
-            module.save_pretrained(out_dir, state_dict=state)
-    tokenizer.save_pretrained(out_dir)
+    return full_state_dict(module, trainable_only=isinstance(module, PeftModel))
+
+
+def write_model(
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    out_dir: str | Path,
+    base_path: str,
+) -> None:
+    """Write the model (or, of a LoRA model, the adapter) and its tokenizer. One process; the folder appears whole.
+
+    Args:
+        state: `state_to_save` of the module.
+        base_path: what the adapter's configuration names as its base: a hub id or folder that peft can load.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    from peft import PeftModel
+
+    with whole_folder(Path(out_dir)) as folder:
+        if isinstance(module, PeftModel):
+            module.peft_config[module.active_adapter].base_model_name_or_path = base_path
+            # The embeddings are not trained; peft would otherwise ask the hub whether they were resized.
+            module.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        else:
+            with _settings_for_saving(module):
+                module.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -86,6 +111,7 @@ def merge_adapter(
 
     Raises:
         UserError: no such base or adapter, or the two do not fit.
+        OSError: out_dir cannot be written.
     """
     import torch
     from peft import PeftModel
@@ -110,9 +136,9 @@ def merge_adapter(
             adapted = _on_dequantized(adapted, adapter_dir)
         merged = adapted.merge_and_unload(safe_merge=True)
         after = merged(ids_BT).logits
-    with _settings_for_saving(merged):
-        merged.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
+    with _settings_for_saving(merged), whole_folder(Path(out_dir)) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return (before.float() - after.float()).abs().max().item()
 
 

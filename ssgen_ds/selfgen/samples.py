@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.files import write_whole
 from ssgen_ds.selfgen.rounds import Generated, Slot
 
 PER_ROUND = 4
@@ -19,9 +20,7 @@ def describe_records(run_dir: Path, number: int, slots: list[Slot], records: lis
     kept = [line for line in lines if json.loads(line)["round"] < number]
     chosen = list(zip(slots, records, strict=True))[-PER_ROUND:]  # the last: mix_rate grows
     kept += [json.dumps(describe(number, slot, record, chat), ensure_ascii=False) for slot, record in chosen]
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "\n".join(kept) + "\n")
 
 
 def describe(number: int, slot: Slot, record: Generated, chat: ChatFormat) -> dict[str, Any]:

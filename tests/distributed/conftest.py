@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -26,20 +27,23 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_cases(inputs) -> Callable[[str, int], Results]:
-    """Run a case module once on 1 or 2 ranks; later calls return the same results."""
-    done: dict[tuple[str, int], Results] = {}
+    """Run a case module once on 1 or 2 ranks; later calls return the same results, or fail in the same way."""
+
+    @functools.cache
+    def spawn(module: str, ranks: int) -> tuple[Results, str]:
+        out = inputs / f"{module.rsplit('.', 1)[-1]}-{ranks}.json"
+        arguments = ("tests.support.cases", module, str(out))
+        command = [sys.executable, "-m", *arguments] if ranks == 1 else torchrun(*arguments, ranks=ranks)
+        finished = run(command, timeout=900)
+        if finished.returncode == 0:
+            return {name: item["result"] for name, item in json.loads(out.read_text()).items()}, ""
+        failure = Path(f"{out}.error")
+        what = failure.read_text() if failure.exists() else finished.stderr[-6000:]
+        return {}, f"the ranks ended with {finished.returncode}\n{what}"
 
     def run_once(module: str, ranks: int) -> Results:
-        if (module, ranks) not in done:
-            out = inputs / f"{module.rsplit('.', 1)[-1]}-{ranks}.json"
-            arguments = ("tests.support.cases", module, str(out))
-            command = [sys.executable, "-m", *arguments] if ranks == 1 else torchrun(*arguments, ranks=ranks)
-            finished = run(command, timeout=900)
-            failure = Path(f"{out}.error")
-            if finished.returncode != 0:
-                what = failure.read_text() if failure.exists() else finished.stderr[-6000:]
-                raise AssertionError(f"the ranks ended with {finished.returncode}\n{what}")
-            done[module, ranks] = {name: item["result"] for name, item in json.loads(out.read_text()).items()}
-        return done[module, ranks]
+        results, failure = spawn(module, ranks)
+        assert not failure, failure
+        return results
 
     return run_once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def recipe_case(path: Path) -> Any:
         fit_and_export(load_recipe(path, overrides), world)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         assert (output / "report.html").is_file()
+        shutil.rmtree(output)  # a checkpoint and a model: 2 GiB
         return len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
 
     return case

@@ -361,6 +361,7 @@ CASES: dict[str, Case] = {
     "damage": damage_case,
     "disk-shard": disk_case("enospc@shard:1:4"),
     "disk-publish": disk_case("eacces@publish:0:4"),
+    "disk-model": disk_case("enospc@model:0:4"),
     "skipping": skipping_case,
     **{f"logits-{s}-{how}": infinite_logits_case(s, how) for s, how in ((0, "auto"), (3, "sharded"), (3, "gathered"))},
     **{f"take-{name}": take_case(name, 1) for name in RESHARDED},

@@ -65,6 +65,15 @@ def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(results
     assert result["same"] and result["steps"] == [1, 2, 3, 4]
 
 
+def test_a_model_that_cannot_be_written_costs_nothing_but_another_start(results):
+    """F7."""
+    result = results["disk-model"]
+    assert "the trained model was not written; step 4, the last, is in the newest checkpoint" in result["refused"]
+    assert "rank 0 on " in result["refused"] and "No space left on device" in result["refused"]
+    assert result["left"][-1] == "step-00000004"
+    assert result["same"] and result["steps"] == [1, 2, 3, 4]
+
+
 def test_updates_left_out_are_counted_over_restarts_and_too_many_in_a_row_end_the_run(results):
     """F9."""
     result = results["skipping"]
