@@ -30,6 +30,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         "before": {"file": str(before), "model": results[0]["model"], "settings": results[0]["settings"]},
         "after": {"file": str(after), "model": results[1]["model"], "settings": results[1]["settings"]},
         "num_examples": len(a[names[0]]),
+        "num_other_prompts": _num_other_prompts(*predictions),
         "before_scores": {name: results[0]["scores"][name] for name in names},
         "after_scores": {name: results[1]["scores"][name] for name in names},
         "difference": {name: asdict(difference(a[name], b[name])) for name in names},
@@ -52,6 +53,12 @@ def _read_predictions(file: Path, result: dict[str, Any]) -> list[Prediction]:
         return [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"{predictions}: the predictions of {file} cannot be read: {error}") from None
+
+
+def _num_other_prompts(a: list[Prediction], b: list[Prediction]) -> int:
+    """Examples whose prompt was not the same text: another template, or cut at another length."""
+    prompts = [{one["index"]: one["prompt"] for one in rows} for rows in (a, b)]
+    return sum(prompts[1][index] != prompt for index, prompt in prompts[0].items())
 
 
 def _refuse_other_examples(before: Path, after: Path, a: list[Prediction], b: list[Prediction]) -> None:

@@ -59,6 +59,12 @@ def print_comparison(result: dict[str, Any]) -> None:
     console = _console()
     for name in ("before", "after"):
         console.print(f"{name}: {result[name]['model']} ({result[name]['file']})", soft_wrap=True)
+    if other := result["num_other_prompts"]:
+        console.print(
+            f"note: {other} of {result['num_examples']} prompts are not the same text in both: another template, or "
+            "cut at another length; --prompt and --max-prompt-tokens make them the same",
+            soft_wrap=True,
+        )
     rows = []
     for name, found in result["difference"].items():
         before, after = (_number(result[f"{when}_scores"][name]["mean"]) for when in ("before", "after"))

@@ -9,6 +9,7 @@ import pytest
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.compare import compare
 from ssgen_ds.evaluate.summary import behaviour, repetition, summarize
+from ssgen_ds.evaluate.table import print_comparison
 
 
 def prediction(index: int, first: float, last: float, **changes: Any) -> dict[str, Any]:
@@ -17,6 +18,7 @@ def prediction(index: int, first: float, last: float, **changes: Any) -> dict[st
         "index": index,
         "id": f"row-{index}",
         "sample": 0,
+        "prompt": "the prompt",
         "references": ["gold"],
         "prediction": turns[-1],
         "turns": turns,
@@ -100,6 +102,16 @@ def test_two_evaluations_are_compared_example_by_example(tmp_path: Path) -> None
     assert change["mean"] == pytest.approx(0.75 / 4)
     assert (change["wins"], change["ties"], change["losses"]) == (1, 2, 1)
     assert found["num_examples"] == 4 and found["after"]["model"] == "b"
+
+
+def test_prompts_that_are_not_the_same_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path, "a", [0, 1])
+    print_comparison(compare(first, write(tmp_path, "same", [0, 1])))
+    assert "note:" not in capsys.readouterr().out
+    cut = compare(first, write(tmp_path, "cut", [0, 1], prompt="the begin"))
+    print_comparison(cut)
+    assert cut["num_other_prompts"] == 2
+    assert "2 of 2 prompts are not the same text" in capsys.readouterr().out
 
 
 def test_evaluations_of_other_examples_are_not_compared(tmp_path: Path) -> None:
