@@ -66,6 +66,13 @@ def training_case(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
+def still_case(world: World, folder: Path) -> list[str]:
+    """Answers, drawn while training, of a model that training hardly moves: those of any number of ranks."""
+    recipe = fresh(folder, "evaluated-still", world, **TRAINING | {"train__lr": 1e-12, "train__max_steps": 1})
+    fit_and_export(recipe, world)
+    return [row["prediction"] for row in predictions(Path(recipe.output_dir) / "evaluations" / "step-00000001.json")]
+
+
 def predictions(file: Path) -> list[dict[str, Any]]:
     lines = file.with_name(f"{file.stem}.predictions.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -130,4 +137,4 @@ def _stopping_at(world: World, phase: str, number: int) -> World:
     return stopped
 
 
-CASES = {"training": training_case, "partitioned": partitioned_case, "stopped": stopped_case}
+CASES = {"training": training_case, "partitioned": partitioned_case, "stopped": stopped_case, "still": still_case}

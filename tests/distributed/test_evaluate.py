@@ -26,6 +26,11 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(results):
         assert checkpoints == ["best.json", f"step-0000000{best}", "step-00000004"]
 
 
+def test_answers_drawn_while_training_do_not_depend_on_the_ranks(results, run_cases):
+    alone = run_cases("tests.distributed.single_cases", 1)["still"]
+    assert results["still"] == alone and len(set(alone)) > 2
+
+
 def test_a_partitioned_model_gives_the_answers_of_a_whole_one(results):
     result = results["partitioned"]
     assert result["same"] == result["models"]
