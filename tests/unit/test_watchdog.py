@@ -70,6 +70,8 @@ from ssgen_ds.signals import StopFlag
 from ssgen_ds.watchdog import Watchdog
 rank, port, action = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=30), wait_for_workers=False)
+store.set(f"here{rank}", "")
+store.get(f"here{1 - rank}")  # imports may take one longer than a rank may be silent
 phases, stop = Phases(rank), StopFlag()
 limits = RecoveryConfig(rank_silence=3, collective_timeout=60)
 dog = Watchdog(rank, 2, rank, f"n{rank}", store, phases, stop, limits, launched=False)
