@@ -13,6 +13,7 @@ from ssgen_ds.evaluate.report_texts import kept_draft
 COPIED_SHARE = 0.2  # of corrections that teach nothing
 TRUNCATED_SHARE = 0.5  # of drafts without an end
 UNCHANGED_SHARE = 0.9  # of corrected answers
+SURE = 0.05  # p-value; a few answers that differ have an interval that is too short
 REPEATED_SHARE = 0.25  # of an answer's 4-grams
 LENGTH_RATIOS = (0.5, 2.0)
 CHANGED_SHARE = 0.05  # of the sampled tokens; below it mixing changes next to nothing
@@ -204,7 +205,7 @@ def _correction_warnings(one: Evaluation, place: str) -> list[str]:
     if found["unchanged_share"] > UNCHANGED_SHARE:
         warnings.append(f"{place}: correcting left {found['unchanged_share']:.0%} of the answers as they were.")
     for name, change in found["change"].items():
-        if change["high"] < 0:
+        if change["high"] < 0 and change["p_value"] < SURE:
             text = f"{place}: correcting made answers worse, {metric_title(name)} changed by {interval(change, '+')}."
             warnings.append(text)
     return warnings

@@ -133,7 +133,8 @@ def test_warnings_about_corrections_at_inference(make_run: MakeRun) -> None:
     file = run_dir / "evaluations" / "after.json"
     write_evaluation(file.parent, "after", make_predictions(1, 0.5, corrected=True), model="x")
     content = json.loads(file.read_text())
-    content["correction"] |= {"unchanged_share": 0.95, "change": {"rougeL": WORSE, "f1": WORSE | {"high": 0.0}}}
+    changes = {"rougeL": WORSE, "f1": WORSE | {"high": 0.0}, "rouge1": WORSE | {"p_value": 0.12}}
+    content["correction"] |= {"unchanged_share": 0.95, "change": changes}
     file.write_text(json.dumps(content))
     copied, worse = find_warnings(load_run(run_dir))
     assert copied == "Evaluation after: correcting left 95% of the answers as they were."
