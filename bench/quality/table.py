@@ -31,7 +31,7 @@ def write_results(folder: Path) -> None:
     seeds = sorted({one["seed"] for name, one in measured.items() if name != "base"})
     rows = [_base(measured, "base", "not finetuned", "scores")] if "base" in measured else []
     for run in RUNS:
-        if run.name == "sft_long":
+        if run.name in LONGER:
             continue
         done = [seed for seed in seeds if f"{run.name}-{seed}" in measured]
         if not done:
@@ -93,9 +93,12 @@ def _row(
 
 
 def _equal_time(measured: dict[str, Any], steps: float, seeds: list[int], own: np.ndarray) -> Any:
-    """Against the longer SFT run, where that had at least as many steps as SFT makes in the time."""
-    many = [measured[name] for seed in seeds if (name := f"sft_long-{seed}") in measured]
-    if len(many) < len(seeds) or many[0]["steps"] < steps:
+    """Against the shortest SFT run that had at least as many steps as SFT makes in the time."""
+    for longer in LONGER:
+        many = [measured[name] for seed in seeds if (name := f"{longer}-{seed}") in measured]
+        if len(many) == len(seeds) and many[0]["steps"] >= steps:
+            break
+    else:
         return None
     scores = np.mean([[one["rougeL"] for one in run["scores"]] for run in many], axis=0)
     return {"steps": many[0]["steps"], **asdict(difference(scores, own))}
@@ -112,22 +115,22 @@ def _page(result: dict[str, Any]) -> str:
         f"{result['cores']} CPU cores; greedy answers",
         f"to {result['test_examples']} held-out articles (split by a hash of the id), "
         f"prompts cut to {MAX_PROMPT_TOKENS} tokens. Seeds: {', '.join(map(str, result['seeds']))}.",
-        "*Against SFT* is the paired difference in ROUGE-L at equal steps, *at equal time* that from an SFT run that",
-        f"had at least as many seconds, generation included ({LONGER} steps; empty where that is too few). Intervals",
-        "cover the choice of articles, not of the seed.",
+        "*Against SFT* is the paired difference in ROUGE-L at equal steps, *at equal time* that from an SFT run of so",
+        "many more steps that it took at least as many seconds, generation included. Intervals cover the choice of",
+        "articles, not of the seed.",
         "",
         _HEAD,
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        score = row["rougeL"]
+        score, equal = row["rougeL"], row.get("equal_time")
         cells = [
             row["title"],
             f"{row['rouge1']['mean']:.3f}",
             f"{row['rouge2']['mean']:.3f}",
             f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]",
             _difference(row.get("against_sft")),
-            _difference(row.get("equal_time")),
+            f"{_difference(equal)} ({equal['steps']} steps)" if equal else "",
             f"{row['seconds_per_step']:.1f}" if "seconds_per_step" in row else "",
             f"{row['behaviour']['eos_rate']:.0%}",
         ]

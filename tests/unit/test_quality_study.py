@@ -38,12 +38,12 @@ def scores(values: list[float], seed: int, steps: int) -> dict:
 def test_the_table_pairs_examples_and_seeds_and_finds_the_equal_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """24 steps of BSS .1 take as long as 32 of SFT, which the longer run has; those of BSS .25 as long as 40, which it
-    has not. Differences are of means over the seeds."""
+    """24 steps of BSS .1 take as long as 32 of SFT, of BSS .25 as long as 40, of BSS and RAC as long as 800: the
+    shortest run that had the time counts, none for the last. Differences are of means over the seeds."""
     monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
     folder = tmp_path / "study"
     folder.mkdir()
-    costs = {"sft": (3.0, 0.0), "bss10": (3.2, 0.8), "bss25": (3.2, 1.8)}
+    costs = {"sft": (3.0, 0.0), "bss10": (3.2, 0.8), "bss25": (3.2, 1.8), "bss_rac": (50.0, 50.0)}
     (tmp_path / "study-costs.json").write_text(
         json.dumps({name: {"train_seconds": train, "selfgen_seconds": made} for name, (train, made) in costs.items()})
     )
@@ -51,22 +51,24 @@ def test_the_table_pairs_examples_and_seeds_and_finds_the_equal_time(
         better = [0.3 + 0.1 * seed, 0.2]
         measured = {
             "sft": ([0.1, 0.2], 24), "bss10": (better, 24), "bss25": (better, 24), "sft_long": ([0.2, 0.1], 32),
-            "rac": ([0.3, 0.3], 24),
+            "rac": ([0.3, 0.3], 24), "sft_longer": ([0.3, 0.1], 75), "bss_rac": (better, 24),
         }  # fmt: skip
         for name, (values, steps) in measured.items():
             content = scores(values, seed, steps)
-            if name == "rac":
+            if "rac" in name:
                 content["first_scores"] = scores([0.2, 0.3], seed, steps)["scores"]
             (folder / f"{name}-{seed}.json").write_text(json.dumps(content), encoding="utf-8")
     table.write_results(folder)
-    sft, bss, costlier, direct, corrected = json.loads((tmp_path / "study.json").read_text())["rows"]
+    sft, bss, costlier, direct, corrected, _, costliest = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert (sft["title"], bss["title"]) == ("SFT", "BSS, mix rate .1")
     assert bss["rougeL"]["mean"] == pytest.approx((0.35 + 0.2) / 2)
     assert bss["by_seed"]["rougeL"] == pytest.approx([0.25, 0.3])
     assert bss["against_sft"]["mean"] == pytest.approx(0.125) and bss["against_sft"]["wins"] == 1
     assert bss["equal_time"]["steps"] == 32 and bss["equal_time"]["mean"] == pytest.approx(0.125)
-    assert costlier["equal_time"] is None and "against_sft" not in sft
+    assert costlier["equal_time"]["steps"] == 75 and costlier["equal_time"]["mean"] == pytest.approx(0.075)
+    assert costliest["equal_time"] is None and "against_sft" not in sft
     assert direct["rougeL"]["mean"] == pytest.approx(0.25) and "against_direct" not in direct
     assert corrected["against_direct"]["mean"] == pytest.approx(0.05)
     page = (tmp_path / "page.md").read_text()
     assert "| BSS, mix rate .1 | 0.275 |" in page and "corrected against direct: RAC +0.050 [" in page
+    assert "(32 steps) | 4.0 |" in page and "(75 steps) | 5.0 |" in page
