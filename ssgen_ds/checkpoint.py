@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.files import PARTIAL, fsync, publish
+from ssgen_ds.files import PARTIAL, publish
 from ssgen_ds.shard_file import FileEntry, ShardReader, write_shard
 
 if TYPE_CHECKING:
@@ -135,11 +135,9 @@ def _publish(
         shutil.copyfile(round_file, partial / ROUND)
     for file in (partial / STATE, partial / RECIPE, partial / ROUND):
         if file.is_file():
-            fsync(file)
             entries[file.name] = FileEntry.of(file)
     index = json.dumps({"files": {name: asdict(entry) for name, entry in sorted(entries.items())}}, indent=2)
     (partial / INDEX).write_text(index, encoding="utf-8")
-    fsync(partial / INDEX)
     (partial / MARKER).write_text(json.dumps({"step": state.step, **asdict(FileEntry.of(partial / INDEX))}), "utf-8")
     publish(partial, final)
 

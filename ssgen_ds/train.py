@@ -93,7 +93,7 @@ def _stop_if_asked(step: int, world: World) -> None:
 def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> None:
     """The trained model and the report; then the run is finished.
 
-    Raises UserError on all ranks when they cannot be written; the last checkpoint has all that was trained.
+    Raises UserError on all ranks when one of them cannot be written; the last checkpoint has all that was trained.
     """
     from ssgen_ds.evaluate.report import write_report
     from ssgen_ds.modeling.export import state_to_save, write_model
@@ -112,13 +112,17 @@ def export(recipe: Recipe, tokenizer: Any, trainer: Trainer, world: World) -> No
         saved = trainer.saved
         cost = {} if saved is None else {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": saved.nbytes}
         mark_finished(run_dir, trainer.state.step, **cost)
-        print(f"model:  {run_dir / 'model'}\nreport: {write_report(run_dir)}")
 
     try:
         world.together(write)
     except UserError as error:
         kept = f"step {trainer.state.step}, the last, is in the newest checkpoint: start again to write the model"
         raise UserError(f"the trained model was not written; {kept}\n{error}") from None
+    if world.is_main:
+        print(f"model:  {run_dir / 'model'}")
+    report = world.together(lambda: write_report(run_dir) if world.is_main else None)
+    if world.is_main:
+        print(f"report: {report}")
     trainer.engine.destroy()  # its hooks would keep the model in memory
     world.barrier()
 
