@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssgen_ds.logbook import read_rows
+from ssgen_ds.run.logbook import read_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1800.0  # seconds a start may take

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ssgen_ds.config import Recipe
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, Slot
-from ssgen_ds.window import IGNORE, Sequence
+from ssgen_ds.data.window import IGNORE, Sequence
+from ssgen_ds.recipe.schema import Recipe
+from ssgen_ds.selfgen.generated import Generated, Slot
+from ssgen_ds.selfgen.rounds import RoundGenerator
 
 SHOWN_TOKENS = 48  # of a long stretch that is only read, at either end
 READ, LEARNT, SAMPLED, END = "dim", "green", "black on yellow", "bold red"
@@ -24,17 +25,17 @@ READ, LEARNT, SAMPLED, END = "dim", "green", "black on yellow", "bold red"
 
 def preview(recipe: Recipe, number: int) -> None:
     """Print the first `number` training examples, mixed at the peak rate; what is sampled comes from the base model."""
-    from ssgen_ds.build import prepare_inputs
-    from ssgen_ds.distributed import process_group
+    from ssgen_ds.distributed.process_group import process_group
     from ssgen_ds.modeling.load import load_model
-    from ssgen_ds.selfgen.block import BlockChooser
-    from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
+    from ssgen_ds.sampler.block import BlockChooser
+    from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+    from ssgen_ds.training.foundations import prepare_inputs
 
     with process_group() as world:
         inputs = prepare_inputs(recipe, world)
         rate = recipe.method.bss.mix_rate if recipe.method.uses_bss else 0.0
         slots = _first_slots(inputs.datasets.plan, number, rate)
-        model = None
+        model: Any = None
         if recipe.method.name != "sft":
             quantization = recipe.quantization
             model = world.together(
@@ -55,7 +56,7 @@ def preview(recipe: Recipe, number: int) -> None:
 
 def _first_slots(plan: Any, number: int, rate: float) -> list[Slot]:
     slots: list[Slot] = []
-    step = 0
+    step = 1
     while len(slots) < number:
         slots += [Slot(step, item.example, item.visit, rate) for item in plan.batch(step)]
         step += 1
@@ -84,20 +85,21 @@ class Printer:
         title = f"{len(example.prompt_ids)} prompt tokens{cut}, {len(example.response_ids)} response tokens, {ending}"
         self.console.print()
         self.console.print(Text.assemble((example.id, "bold"), f": {title}"), soft_wrap=True)
-        coins = record.coins or []
+        coins = record.mixed.coins if record.mixed else []
         sampled = {len(example.prompt_ids) + t for t, coin in enumerate(coins) if coin}
         self.console.print(self.blocks(sequences[0], sampled))
-        if record.coins is not None:
+        if record.mixed:
             self._note(
                 f"{len(sampled)} of {len(coins)} response tokens that it reads are the model's own "
-                f"(mix rate {slot.mix_rate:g}), settled in {record.bss_passes} passes"
+                f"(mix rate {slot.mix_rate:g}), settled in {record.mixed.passes} passes"
             )
-        for correction in sequences[1:]:
-            kept = f"{record.draft_kept} of {len(record.draft_ids)} tokens of the draft kept"
+        if record.draft and record.target:
+            correction = sequences[1]
+            kept = f"{record.draft.kept} of {len(record.draft.ids)} tokens of the draft kept"
             self.console.print()
-            self._note(f"its correction: weight {correction.weight:g}, target {record.target_kind}, {kept}")
+            self._note(f"its correction: weight {correction.weight:g}, target {record.target.kind}, {kept}")
             self.console.print(self.blocks(correction, set()))
-        if record.draft_ids == []:
+        elif record.draft:
             self._note("no correction: the draft is empty")
 
     def summary(self, summary: dict[str, Any]) -> None:
@@ -105,6 +107,8 @@ class Printer:
         counts = [f"{key.replace('_', ' ')} {value}" for key, value in summary.items() if isinstance(value, int)]
         self.console.print()
         self._note("data: " + ", ".join(counts))
+        if summary.get("unused_columns"):
+            self._note(f"columns that nothing is taken from: {', '.join(summary['unused_columns'])}")
         if summary.get("bad_rows"):
             self._note(f"skipped rows are listed in {summary['skipped']}")
 

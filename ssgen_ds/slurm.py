@@ -1,6 +1,6 @@
 """Batch scripts for SLURM, all from one template: the three in `slurm/`, and `ssgen slurm` for one recipe.
 
-python -m ssgen_ds.slurm slurm     writes the shipped ones anew
+python -m ssgen_ds.slurm slurm     writes the shipped ones again
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ssgen_ds.config import load_recipe
-from ssgen_ds.ds_config import find_shipped
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.deepspeed import find_shipped
+from ssgen_ds.recipe.load import load_recipe
 
 TEMPLATE = "slurm/job.sbatch.jinja"
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.I)

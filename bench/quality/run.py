@@ -3,7 +3,7 @@
     python -m bench.quality.run [--seeds 0,1] [--no-costs]
 
 What is finished is not made again: stop it and start it as often as you like. Runs live in runs/study-smollm2, the
-scores of each example in bench/results/study-smollm2/, so that the table can be made anew without the models.
+scores of each example in bench/results/study-smollm2/, so that the table can be made again without the models.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.quality.settings import (
 )
 from bench.quality.table import write_results
 from ssgen_ds.data.paths import resolve_package_path
-from ssgen_ds.logbook import read_rows
+from ssgen_ds.run.logbook import read_rows
 
 WORK = Path("runs/study-smollm2")
 RESULTS = Path(__file__).parents[1] / "results" / "study-smollm2"

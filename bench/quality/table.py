@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from bench.quality.settings import LONGER, MAX_PROMPT_TOKENS, RUNS, STEPS, TEST_EXAMPLES
-from ssgen_ds.evaluate.statistics import difference, interval
-from ssgen_ds.run_folder import package_versions
+from ssgen_ds.metrics.intervals import difference, interval
+from ssgen_ds.run.folder import package_versions
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 PAGE = Path("docs/results-smollm2.md")

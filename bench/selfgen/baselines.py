@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ssgen_ds.selfgen.draw import TIE
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import CachedModel
-from ssgen_ds.selfgen.noise import gumbel
-from ssgen_ds.selfgen.requests import Request
+from ssgen_ds.sampler.draw import TIE
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.fixed_point import CachedModel
+from ssgen_ds.sampler.noise import gumbel
+from ssgen_ds.sampler.requests import Request
 
 
 @torch.no_grad()

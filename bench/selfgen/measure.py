@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssgen_ds.distributed import World
+from ssgen_ds.distributed.world import World
 
 
 @dataclass

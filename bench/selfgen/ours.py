@@ -10,15 +10,16 @@ import torch
 from bench.selfgen.baselines import token_by_token
 from bench.selfgen.work import Work
 from ssgen_ds.data.tokenize import Example
-from ssgen_ds.distributed import World
+from ssgen_ds.distributed.world import World
 from ssgen_ds.modeling.shards import Shards
-from ssgen_ds.selfgen.block import CallCost, choose_block, choose_draft_block, measure_call_cost, name
-from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.rac import free_request
-from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
+from ssgen_ds.sampler.block import CallCost, block_name, choose_block, choose_draft_block, measure_call_cost
+from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.free import free_request
+from ssgen_ds.sampler.requests import Request, Sampled, SamplerStats
+from ssgen_ds.sampler.strategy import Gathered, Local, Sharded, Strategy
 
-Strategy = Literal["local", "sharded", "gathered"]
+StrategyName = Literal["local", "sharded", "gathered"]
 Outcome = tuple[list[Sampled], SamplerStats]
 
 
@@ -35,36 +36,36 @@ class Ours:
     def __init__(self, work: Work, world: World, module: torch.nn.Module, engine: Any = None):
         self._work, self._world, self._module = work, world, module
         self._shards = None if engine is None else Shards(module, engine.optimizer.parameter_offload)
-        self._costs: dict[tuple[Strategy, int], CallCost] = {}
+        self._costs: dict[tuple[StrategyName, int], CallCost] = {}
 
-    def contexts(self, strategy: Strategy, requests: list[Request], block: int | None) -> Outcome:
+    def contexts(self, strategy: StrategyName, requests: list[Request], block: int | None) -> Outcome:
         """Mixed contexts in one batch a rank; results in the order of the requests, all ranks' costs added up."""
         sampler = self._sampler(strategy, len(requests))
         results, stats, _ = sampler.sample(requests, self._work.context_sampling(), block)
         return results, stats
 
-    def context_block(self, strategy: Strategy, requests: list[Request]) -> tuple[int | None, dict[str, Any]]:
+    def context_block(self, strategy: StrategyName, requests: list[Request]) -> tuple[int | None, dict[str, Any]]:
         """The W that `block: auto` chooses for these contexts, and why."""
         cost, limit = self._cost(strategy, len(requests)), self._sampler(strategy, len(requests)).limit
         block, seconds = self._world.broadcast(choose_block(cost, requests, limit, self._world.size))
-        return block, {"block": name(block), "predicted_seconds": seconds, "call_cost": asdict(cost)}
+        return block, {"block": block_name(block), "predicted_seconds": seconds, "call_cost": asdict(cost)}
 
-    def token_by_token(self, strategy: Strategy, requests: list[Request]) -> list[list[int]]:
+    def token_by_token(self, strategy: StrategyName, requests: list[Request]) -> list[list[int]]:
         """Baseline (a) for this rank's requests; every rank has requests of the same length."""
         sampler = self._sampler(strategy, len(requests))
         with sampler.ready():
             contexts, _, _ = token_by_token(
                 sampler.model(), requests, self._work.context_sampling(), self._world.device
             )
-            sampler.finish()
+            sampler.strategy.finish()
         return contexts
 
-    def draft_block(self, strategy: Strategy, rows: int) -> int:
+    def draft_block(self, strategy: StrategyName, rows: int) -> int:
         """The W that `block: auto` chooses for drafts, `rows` at a time on a rank."""
         return self._world.broadcast(choose_draft_block(self._cost(strategy, rows * self._world.size), rows))
 
     def drafts(
-        self, strategy: Strategy, examples: list[Example], rows: int, max_new_tokens: int, block: int, visit: int
+        self, strategy: StrategyName, examples: list[Example], rows: int, max_new_tokens: int, block: int, visit: int
     ) -> Outcome:
         """Free decoding as a round does it: guesses are looked up in the prompt and in the reference."""
         stop_ids = frozenset(self._work.stop_ids)
@@ -82,14 +83,20 @@ class Ours:
         results, stats, _ = sampler.sample(requests, Sampling(), block)
         return results, stats
 
-    def _sampler(self, strategy: Strategy, count: int) -> EngineSampler:
+    def _sampler(self, strategy: StrategyName, count: int) -> EngineSampler:
         limit = BatchLimit(rows=-(-count // self._world.size))
-        return EngineSampler(self._module, self._world, limit, strategy, self._shards)
+        return EngineSampler(self._module, self._world, limit, self._strategy(strategy))
 
-    def _cost(self, strategy: Strategy, count: int) -> CallCost:
+    def _strategy(self, name: StrategyName) -> Strategy:
+        if name == "local":
+            return Local()
+        assert self._shards is not None, "the strategy needs the partitioned parameters"
+        return Gathered(self._shards) if name == "gathered" else Sharded(self._shards, self._world)
+
+    def _cost(self, strategy: StrategyName, count: int) -> CallCost:
         if (strategy, count) not in self._costs:
             sampler = self._sampler(strategy, count)
             with sampler.ready():
                 self._costs[strategy, count] = measure_call_cost(sampler, self._work.vocab_size)
-                sampler.finish()
+                sampler.strategy.finish()
         return self._costs[strategy, count]

@@ -17,14 +17,14 @@ from bench.selfgen.rows import Row, times_better
 from bench.selfgen.single import different_rows
 from bench.selfgen.sizes import MIX_RATES
 from bench.selfgen.work import SEED, Work
-from ssgen_ds.config import AdapterConfig, parse_recipe
-from ssgen_ds.distributed import World
-from ssgen_ds.ds_config import build_ds_config
-from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.distributed.world import World
+from ssgen_ds.modeling.cached import CachedCausalLM, inference_mode
 from ssgen_ds.modeling.gather import full_shape
 from ssgen_ds.modeling.load import load_model
-from ssgen_ds.selfgen.engine_sampler import inference_mode
-from ssgen_ds.selfgen.requests import Request
+from ssgen_ds.recipe.deepspeed import build_ds_config
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.recipe.schema import AdapterConfig
+from ssgen_ds.sampler.requests import Request
 
 HOOKS, OWN = "token by token, DeepSpeed's hooks", "token by token, our sharded strategy"
 COIN_TO_COIN = "coin to coin"

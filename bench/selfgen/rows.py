@@ -1,4 +1,4 @@
-"""What a row of the results is, and what each must show (BENCHMARKS)."""
+"""What a row of the results is, and what each must show (docs/benchmarks.md)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RANKS = 2
 
 
-def command(model: str, rows: list[str] | None, as_json: bool) -> bool:
+def bench_selfgen(model: str, rows: list[str] | None, as_json: bool) -> bool:
     """Measure the rows (None: all) and print everything that is known: JSON alone, or a table.
 
     Returns:
@@ -43,7 +43,7 @@ def run(model: str, rows: list[str], results_dir: Path | None = None) -> dict[st
     Raises:
         UserError: unknown rows, or the peers are not installed.
     """
-    check(rows)
+    check_rows(rows)
     results_dir = results_dir or ROOT / "bench" / "results"
     sizes = sizes_for(model)
     measured: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def run(model: str, rows: list[str], results_dir: Path | None = None) -> dict[st
     return results
 
 
-def check(rows: list[str]) -> None:
+def check_rows(rows: list[str]) -> None:
     """Raise UserError for what would fail after minutes."""
     unknown = [row for row in rows if row not in ROWS]
     if unknown or not rows:

@@ -14,10 +14,10 @@ from bench.selfgen.ours import Ours, Outcome
 from bench.selfgen.rows import Row, times_better
 from bench.selfgen.sizes import MIX_RATES
 from bench.selfgen.work import Work
-from ssgen_ds.config import AdapterConfig
-from ssgen_ds.distributed import World
+from ssgen_ds.distributed.world import World
 from ssgen_ds.modeling.load import load_model
-from ssgen_ds.selfgen.requests import Request, Sampled
+from ssgen_ds.recipe.schema import AdapterConfig
+from ssgen_ds.sampler.requests import Request, Sampled
 
 CALL_BARS = {0.1: 6, 0.25: 12}
 FORWARD_BARS = {0.1: 2.0, 0.25: 3.5}

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.selfgen.rows import NOT_MEASURED, not_measured
 from bench.selfgen.sizes import ROWS
-from ssgen_ds.run_folder import describe_environment
+from ssgen_ds.run.folder import describe_environment
 
 PEERS = ("trl", "accelerate")  # beside what every run records
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.selfgen.sizes import SMOLLM2, TINY, Sizes
-from ssgen_ds.build import generation_stops
-from ssgen_ds.config import DataConfig, ModelConfig
-from ssgen_ds.data.loader import read_prompts
+from ssgen_ds.data.datasets import read_prompts
 from ssgen_ds.data.tokenize import ChatFormat, Example
-from ssgen_ds.modeling.load import load_config, load_tokenizer
+from ssgen_ds.modeling.load import generation_stops, load_config, load_tokenizer
+from ssgen_ds.recipe.schema import DataConfig, ModelConfig
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.noise import Stream, sequence_key
+from ssgen_ds.sampler.requests import Request
 from ssgen_ds.selfgen.bss import bss_request
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.requests import Request
 
 SEED = 0
 SOURCES: list[dict[str, Any]] = [

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 from bench.selfgen.sizes import RANK_ROWS, Sizes
-from ssgen_ds.launch import guarded
+from ssgen_ds.distributed.launch import guarded
 
 
 def main(arguments: list[str]) -> None:
     from bench.selfgen import ranks, single
     from bench.selfgen.work import build_work
-    from ssgen_ds.config import RecoveryConfig
-    from ssgen_ds.distributed import process_group
+    from ssgen_ds.distributed.process_group import process_group
+    from ssgen_ds.recipe.schema import RecoveryConfig
 
     path, sizes_text, names_text, out = arguments
     names = names_text.split(",")

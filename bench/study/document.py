@@ -45,7 +45,7 @@ def _head(summary: dict[str, Any]) -> str:
         "<!-- Written by `make study-controlled`; change bench/study/ instead. -->\n\n"
         f"Made by `make study-controlled` ({runs} runs, {minutes:.0f} minutes of processor time for training; "
         "`python -m bench.study.run --summary` writes this page "
-        "anew from runs that are there); all figures are in "
+        "again from runs that are there); all figures are in "
         "[bench/results/study-controlled.json](../bench/results/study-controlled.json). Llamas of "
         f"{settings['layers']} layers and width {settings['width']} are trained from scratch by the product's own "
         f"trainer, {settings['batch']} examples a step, on a fixed set of examples. All methods get the same steps, "

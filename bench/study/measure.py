@@ -10,17 +10,17 @@ import torch.nn.functional as F
 
 from bench.study.settings import RATES
 from bench.study.tasks import CUE
-from ssgen_ds.config import DataConfig, SourceConfig
-from ssgen_ds.data.loader import read_prompts
+from ssgen_ds.data.datasets import read_prompts
 from ssgen_ds.data.tokenize import ChatFormat, Example
-from ssgen_ds.distributed import World
-from ssgen_ds.evaluate.metrics import exact_match
+from ssgen_ds.data.window import collate
+from ssgen_ds.distributed.world import World
+from ssgen_ds.metrics.text import exact_match
+from ssgen_ds.recipe.schema import DataConfig, SourceConfig
+from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.free import content_ids, free_request
+from ssgen_ds.sampler.noise import Stream, sequence_key
 from ssgen_ds.selfgen.bss import bss_request, context_sequence
-from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.rac import content_ids, free_request
-from ssgen_ds.window import collate
 
 ROWS = 100  # sequences at a time
 SEED = 12345  # of the evaluation's noise: no run's seed
@@ -44,7 +44,9 @@ class Subject:
 
     def answers(self, temperature: float, drafts: list[list[int]] | None = None) -> list[list[int]]:
         """Answers, or corrections of drafts, without the ids that ended them."""
-        sampling = Sampling(temperature, banned_ids=tuple(self.chat.banned_ids(self.vocab_size, keep=self.stop_ids)))
+        sampling = Sampling(
+            temperature=temperature, banned_ids=tuple(self.chat.banned_ids(self.vocab_size, keep=self.stop_ids))
+        )
         cue_ids = self.chat.correction_ids(CUE)
         requests = []
         for i, example in enumerate(self.examples):
@@ -55,11 +57,11 @@ class Subject:
 
     def is_right(self, answers: list[list[int]]) -> list[int]:
         pairs = zip(answers, self.examples, strict=True)
-        return [int(exact_match(self.chat.decode(ids), example.reference)) for ids, example in pairs]
+        return [int(exact_match(self.chat.decode(ids), example.gold_text)) for ids, example in pairs]
 
     def contexts(self, rate: float) -> list[list[int]]:
         """Mixed contexts; at every rate from the same coins and noise."""
-        sampling = Sampling(1.0, banned_ids=tuple(self.chat.banned_ids(self.vocab_size)))
+        sampling = Sampling(banned_ids=tuple(self.chat.banned_ids(self.vocab_size)))
         requests = [
             bss_request(example, rate, sequence_key(SEED, Stream.BSS, example.id, 0)) for example in self.examples
         ]

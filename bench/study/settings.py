@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.tasks import CUE, TASKS
-from ssgen_ds.config import Recipe, parse_recipe
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.recipe.schema import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},

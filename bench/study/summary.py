@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.study.intervals import correction_counts, mean_and_seeds, paired_difference
 from bench.study.settings import RATES, Run, Settings
-from bench.study.statistics import correction_counts, mean_and_seeds, paired_difference
 from bench.study.worker import result_path
 
 ANSWERS = ("greedy", "sampled", "greedy_corrected", "sampled_corrected")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.settings import Run, Settings, max_answer, recipe_of
-from ssgen_ds.distributed import World
-from ssgen_ds.logbook import read_rows
+from ssgen_ds.distributed.world import World
+from ssgen_ds.run.logbook import read_rows
 
 
 def result_path(folder: Path, run: Run) -> Path:
@@ -26,8 +26,8 @@ def work(queue: Any, settings: Settings, folder: Path) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     import torch
 
-    from ssgen_ds.distributed import process_group
-    from ssgen_ds.launch import quiet_libraries
+    from ssgen_ds.distributed.launch import quiet_libraries
+    from ssgen_ds.distributed.process_group import process_group
 
     torch.set_num_threads(1)
     quiet_libraries()
@@ -77,15 +77,15 @@ def _contexts_of_sft(folder: Path, run: Run) -> dict[float, list[list[int]]]:
 
 def _generated(run_dir: Path) -> list[dict[str, float | None]]:
     """By quarter of the run: the share of drafts that are the gold answer, and of context tokens that are not gold."""
-    from ssgen_ds.selfgen.store import read_round
+    from ssgen_ds.selfgen.round_file import read_round
 
     rounds = [read_round(path) for path in sorted((run_dir / "selfgen").glob("round-*.parquet"))]
     quarters, pieces = [], min(4, len(rounds))
     for number in range(pieces):
         part = rounds[number * len(rounds) // pieces : (number + 1) * len(rounds) // pieces]
         records = [record for group in part for record in group]
-        drafts = [record.draft_ids == record.gold_ids[:-1] for record in records if record.draft_ids is not None]
-        pairs = [(record.mixed_ids, record.gold_ids) for record in records if record.mixed_ids is not None]
+        drafts = [record.draft.ids == record.gold_ids[:-1] for record in records if record.draft]
+        pairs = [(record.mixed.ids, record.gold_ids) for record in records if record.mixed]
         wrong = sum(a != b for mixed, gold in pairs for a, b in zip(mixed, gold, strict=True))
         quarters.append(
             {

@@ -17,9 +17,9 @@ import torch
 from bench.train.peak import peak_bytes
 from bench.train.sizes import Sizes
 from bench.train.tasks import recipe_of
-from ssgen_ds.config import AdapterConfig
 from ssgen_ds.plan.sizes import measure as measure_sizes
 from ssgen_ds.plan.timing import CARDS, operations_per_token
+from ssgen_ds.recipe.schema import AdapterConfig
 
 ADAPTER = {"kind": "lora", "rank": 16, "alpha": 32}
 
@@ -77,12 +77,12 @@ def ours(sizes: Sizes, folder: Path, base: str) -> dict[str, Any]:
     """The product's own step on its own engine: packed rows, gradient checkpointing; `base` is plain or nf4."""
     import deepspeed
 
-    from ssgen_ds.distributed import process_group
-    from ssgen_ds.ds_config import build_ds_config
+    from ssgen_ds.data.window import Packing, Sequence, build_window
+    from ssgen_ds.distributed.process_group import process_group
     from ssgen_ds.modeling.adapters import apply_adapter
     from ssgen_ds.modeling.optimizer import build_optimizer
-    from ssgen_ds.step import train_step
-    from ssgen_ds.window import Packing, Sequence, build_window
+    from ssgen_ds.recipe.deepspeed import build_ds_config
+    from ssgen_ds.training.step import train_step
 
     recipe = recipe_of({"train": "-"}, sizes, folder, adapter=ADAPTER, deepspeed="ds_configs/zero0.json")
     with process_group(recipe.recovery) as world:
@@ -137,7 +137,7 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ssgen_ds.modeling.load import resolve_model_path
+    from ssgen_ds.modeling.model_path import resolve_model_path
 
     on_gpu = torch.cuda.is_available()
     model = _model(sizes, torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32)
@@ -187,7 +187,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def row(sides: dict[str, dict[str, float]], per_token: float, card: str) -> dict[str, Any]:
+def table_row(sides: dict[str, dict[str, float]], per_token: float, card: str) -> dict[str, Any]:
     """The row from what ours, qlora and trl found on this card."""
     mfu = {name: utilisation(per_token, side["tokens_per_second"], card) for name, side in sides.items()}
     gib = {name: side["peak_bytes"] / 2**30 for name, side in sides.items()}

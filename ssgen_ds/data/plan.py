@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from ssgen_ds.data.tokenize import Example
 from ssgen_ds.errors import UserError
 
 
-class Draw(IntEnum):
+class Purpose(IntEnum):
     """What a stream of random numbers is for; streams never overlap."""
 
     EPOCH_ORDER = 0
@@ -27,7 +25,7 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class Item:
-    """One example in one step. `visit` tells apart all times an example is trained on: samples are keyed by it."""
+    """One example in one step. `visit` numbers the times that an example is trained on: samples are keyed by it."""
 
     index: int
     example: Example
@@ -35,14 +33,14 @@ class Item:
     epoch: int
 
 
-def bit_generator(seed: int, draw: Draw, *numbers: int) -> np.random.Philox:
+def bit_generator(seed: int, purpose: Purpose, *numbers: int) -> np.random.Philox:
     """A counter-based source of 64-bit words; numpy promises that raw words never change between its versions."""
-    return np.random.Philox(np.random.SeedSequence([seed, int(draw), *numbers]))
+    return np.random.Philox(np.random.SeedSequence([seed, int(purpose), *numbers]))
 
 
-def permutation(seed: int, length: int, draw: Draw, *numbers: int) -> np.ndarray:
+def permutation(seed: int, length: int, purpose: Purpose, *numbers: int) -> np.ndarray:
     """A random order of range(length), int64."""
-    return np.argsort(bit_generator(seed, draw, *numbers).random_raw(length), kind="stable")
+    return np.argsort(bit_generator(seed, purpose, *numbers).random_raw(length), kind="stable")
 
 
 class StepPlan:
@@ -70,12 +68,12 @@ class StepPlan:
         self.steps_per_epoch = math.ceil(self.examples_per_epoch / global_batch)
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) that a step (from 0) belongs to."""
-        return step // self.steps_per_epoch
+        """The epoch (from 0) that a step (from 1) belongs to."""
+        return (step - 1) // self.steps_per_epoch
 
     def batch(self, step: int) -> list[Item]:
-        """The examples of one step (from 0), in order; the same on every rank, at any time."""
-        epoch, window = divmod(step, self.steps_per_epoch)
+        """The examples of one step (from 1), in order; the same on every rank, at any time."""
+        epoch, window = divmod(step - 1, self.steps_per_epoch)
         if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
             self._order_of_epoch = (epoch, *self._order(epoch))
         _, indices, copies = self._order_of_epoch
@@ -94,9 +92,9 @@ class StepPlan:
             copies += [np.full(len(part), copy, np.int32) for copy in range(whole)]
             if count:
                 rotation = (epoch * count + np.arange(count)) % len(part)
-                indices.append(part[permutation(self.seed, len(part), Draw.FRACTION, number)[rotation]])
+                indices.append(part[permutation(self.seed, len(part), Purpose.FRACTION, number)[rotation]])
                 copies.append(np.full(count, whole, np.int32))
-        order = permutation(self.seed, self.examples_per_epoch, Draw.EPOCH_ORDER, epoch)
+        order = permutation(self.seed, self.examples_per_epoch, Purpose.EPOCH_ORDER, epoch)
         return np.concatenate(indices)[order], np.concatenate(copies)[order]
 
 
@@ -104,62 +102,3 @@ def _fraction(weight: float, length: int) -> int:
     """How many examples the fractional part of a weight stands for; a source of small weight still gives one."""
     count = round((weight - math.floor(weight)) * length)
     return min(1, length) if count == 0 and weight < 1 else count
-
-
-def shard_by_length(
-    lengths: Sequence[int], world_size: int, micro_batch: int, max_tokens: int | None = None, padded: bool = True
-) -> list[list[list[int]]]:
-    """Deal sequences out as [rank][micro batch][index], alike in length within a micro batch and within a round.
-
-    Micro batches hold at most `micro_batch` sequences and, with `max_tokens`, so many tokens, padding included where
-    they are `padded`; a longer sequence goes alone. All ranks get the same number of them, or, where there are too few
-    sequences, some get one fewer; each round's longest goes to the rank with the fewest tokens so far.
-    """
-    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    ordered = [lengths[index] for index in by_length]
-    rounds = math.ceil(math.ceil(len(lengths) / micro_batch) / world_size)
-    pieces = min(len(lengths), rounds * world_size)
-    bounds = [len(lengths) * piece // max(pieces, 1) for piece in range(pieces + 1)]
-    micros_tokens = [(_tokens(ordered[a:b], padded), ordered[a]) for a, b in pairwise(bounds)]
-    if max_tokens is not None and any(tokens > max(max_tokens, longest) for tokens, longest in micros_tokens):
-        bounds = _even_bounds(ordered, world_size, micro_batch, max_tokens, padded)
-    micros = [by_length[start:end] for start, end in pairwise(bounds)]
-    shards: list[list[list[int]]] = [[] for _ in range(world_size)]
-    tokens = [0] * world_size
-    for start in range(0, len(micros), world_size):
-        ranks = sorted(range(world_size), key=tokens.__getitem__)
-        heaviest_first = sorted(micros[start : start + world_size], key=lambda micro: -sum(lengths[i] for i in micro))
-        for rank, micro in zip(ranks, heaviest_first, strict=False):
-            shards[rank].append(micro)
-            tokens[rank] += sum(lengths[i] for i in micro)
-    return shards
-
-
-def _tokens(lengths: Sequence[int], padded: bool) -> int:
-    """Of one micro batch, longest first."""
-    return len(lengths) * lengths[0] if padded else sum(lengths)
-
-
-def _even_bounds(ordered: list[int], world_size: int, micro_batch: int, max_tokens: int, padded: bool) -> list[int]:
-    """Where to cut, with the fewest micro batches a rank and, of these cuts, the smallest largest micro batch."""
-    most = len(_cut(ordered, micro_batch, max_tokens, padded)) - 1
-    pieces = math.ceil(most / world_size) * world_size
-    low, high = 1, max_tokens  # the smallest budget that needs no more than these pieces, by bisection
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(ordered, micro_batch, middle, padded)) - 1 <= pieces:
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(ordered, micro_batch, low, padded)
-
-
-def _cut(ordered: list[int], micro_batch: int, max_tokens: int, padded: bool) -> list[int]:
-    """Bounds of micro batches that are filled one after another."""
-    bounds = [0]
-    for end in range(1, len(ordered) + 1):
-        begin = bounds[-1]
-        full = end - begin > micro_batch or _tokens(ordered[begin:end], padded) > max_tokens
-        if full and end - 1 > begin:
-            bounds.append(end - 1)
-    return [*bounds, len(ordered)]

@@ -9,29 +9,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssgen_ds.config import DataConfig, SourceConfig
+from ssgen_ds.data.messages import Message, check_messages, message, valid_text
+from ssgen_ds.data.other_columns import OtherColumns
 from ssgen_ds.data.paths import resolve_path
 from ssgen_ds.data.readers import BadRow, Row, load_hub, read_files, read_hub
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.schema import DataConfig, SourceConfig
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
 LISTED_BAD_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """`messages`: {"role", "content"} each; the last is the assistant's. `content_hash`: 24 hex digits of it all.
+    """One conversation. Its last message is the assistant's.
 
-    `id` is the row's own, or `content_hash` where it has none. `references`: of a row that is to be answered, all the
-    responses that count as right; its message has the first of them.
+    id: the row's own, or `content_hash` where it has none. content_hash: 24 hex digits of messages and inputs.
+    gold_texts: of a row that is to be answered, all the responses that count as right; its message has the first of
+    them. inputs: what the row gives the chat template besides its messages, by name: tools, documents, arguments.
     """
 
     id: str
     messages: list[Message]
     where: str
     content_hash: str
-    references: tuple[str, ...] = ()
+    gold_texts: tuple[str, ...] = ()
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,11 +59,15 @@ class BadRows:
 def read_rows(source: SourceConfig, key: str, streaming: bool = False) -> Iterator[tuple[str, Row | BadRow]]:
     """All rows of one source as (place, row). `streaming` matters for hub ids only; files are always read lazily."""
     files = resolve_path(source.path, key)
-    return read_files(files) if files is not None else read_hub(source, load_hub(source, streaming, key))
+    rows = read_files(files) if files is not None else read_hub(source, load_hub(source, streaming, key))
+    try:
+        yield from rows
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 class RecordMaker:
-    """Turns the rows of one source into records, by the recipe's `columns`, `prompt` and `system`.
+    """Turns the rows of one source into records, by the recipe's `columns`, `prompt`, `system` and `ignore_fields`.
 
     Raises UserError at once where the recipe contradicts itself, or names a column that the first row lacks.
     """
@@ -70,13 +76,13 @@ class RecordMaker:
         self.key = key
         self.needs_response = needs_response
         self.path = source.path
-        self.system = data.system
-        self._first = True
+        self.ignored = frozenset(data.ignore_fields)
+        self.is_first = True  # whether no row was seen yet
         own = source.columns or {}
         for columns, template, place in ((data.columns, data.prompt, "data"), (own, source.prompt, key)):
             _refuse_contradictions(columns, template, place)
         # What a source says beats what `data` says, also where the two are different ways to name the prompt.
-        self.columns: dict[str, str] = {**data.columns, **own}
+        self.columns: dict[str, str] = dict([*data.columns.items(), *own.items()])
         self.template = source.prompt
         if source.prompt is not None or "prompt" in own:
             self.columns.pop("messages", None)
@@ -86,23 +92,29 @@ class RecordMaker:
             self.columns.pop("prompt", None)
         self.pieces = parse_template(self.template, key) if self.template is not None else None
         self.id_column = self.columns.get("id", "id")
+        spoken_for = {column for _, column in self.pieces or () if column is not None}
+        if "messages" not in self.columns:
+            spoken_for.add(self.columns.get("completion", "completion"))
+        if not self.columns.keys() & {"messages", "prompt", "completion"} and self.pieces is None:
+            spoken_for |= {"messages", "prompt"}
+        self.others = OtherColumns(self.columns, spoken_for, self.ignored, data.system)
 
     def __call__(self, where: str, row: Row) -> Record:
         """The record of one row. Raises BadRow; UserError if the first row lacks a column that the recipe names."""
         try:
             named = self._named_messages(row)
         except _MissingColumn as missing:
-            if self._first:
+            if self.is_first:
                 raise UserError(f"{self.key}: {where}: {missing}") from None
             raise BadRow(str(missing)) from None
         finally:
-            self._first = False
-        messages = check_messages(named, self.needs_response)
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        digest = content_hash(messages)
-        references = self._references(row, messages) if not self.needs_response else ()
-        return Record(self._id(row) or digest, messages, where, digest, references)
+            self.is_first = False
+        messages = self.others.with_system(row, check_messages(named, self.needs_response, self.ignored))
+        inputs = self.others.template_inputs(row)
+        digest = content_hash(messages, inputs)
+        gold_texts = self._gold_texts(row, messages) if not self.needs_response else ()
+        self.others.look_at(row)
+        return Record(self._id(row) or digest, messages, where, digest, gold_texts, inputs)
 
     def _named_messages(self, row: Row) -> list[Any]:
         columns = self.columns
@@ -131,13 +143,13 @@ class RecordMaker:
             value = value[0]
         return _as_messages(value, "assistant", "response")
 
-    def _references(self, row: Row, messages: list[Message]) -> tuple[str, ...]:
+    def _gold_texts(self, row: Row, messages: list[Message]) -> tuple[str, ...]:
         """All right answers of a row: a list of texts where its response is one, else the response, or none."""
-        value = row.get(self.columns.get("completion", "completion"))
+        value: Any = row.get(self.columns.get("completion", "completion"))
         if "messages" not in self.columns and _is_texts(value):
             if any(not text.strip() for text in value):
                 raise BadRow("one of the references is empty")
-            return tuple(_valid_text(text, "a reference") for text in value)
+            return tuple(valid_text(text, "a reference") for text in value)
         response = messages[-1]["content"]
         return (response,) if response.strip() else ()
 
@@ -151,12 +163,13 @@ class RecordMaker:
             return None
         if isinstance(given, bool) or not isinstance(given, str | int):
             raise BadRow(f"the id must be text or a whole number, got {type(given).__name__}")
-        return _valid_text(str(given), "the id")
+        return valid_text(str(given), "the id")
 
 
-def content_hash(messages: list[Message]) -> str:
-    """24 hex digits over the canonical JSON of the messages."""
-    canonical = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+def content_hash(messages: list[Message], inputs: dict[str, Any] | None = None) -> str:
+    """24 hex digits over the canonical JSON of the messages, and of what the template is given besides them."""
+    content = [messages, inputs] if inputs else messages
+    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
 
 
@@ -186,48 +199,6 @@ def render_template(pieces: list[tuple[str, str | None]], row: Row) -> str:
     return "".join(text)
 
 
-def check_messages(messages: list[Any], needs_response: bool = True) -> list[Message]:
-    """The messages with role and content only. Raises BadRow unless they are well formed and end in a response.
-
-    Without `needs_response`, an empty response is added where there is none.
-    """
-    if not messages:
-        raise BadRow("messages is empty")
-    checked = [_check_message(message, number) for number, message in enumerate(messages, 1)]
-    absent = not needs_response and checked[-1]["role"] == "user"
-    if absent:
-        checked.append({"role": "assistant", "content": ""})
-    if checked[-1]["role"] != "assistant":
-        raise BadRow(f"the last message must be the assistant's, got {checked[-1]['role']!r}")
-    if not absent and not checked[-1]["content"].strip():
-        raise BadRow("the response is empty")
-    if not any(message["role"] == "user" for message in checked):
-        raise BadRow("no prompt: there is no user message before the response")
-    for number, message in enumerate(checked, 1):
-        if message["role"] == "user" and not message["content"].strip():
-            raise BadRow("the prompt is empty" if len(checked) == 2 else f"message {number} is empty")
-    return checked
-
-
-def _check_message(message: Any, number: int) -> Message:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise BadRow(f"message {number} must be an object with `role` and `content`")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise BadRow(f"message {number}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise BadRow(f"message {number}: content must be text, got {type(content).__name__}")
-    return {"role": role, "content": _valid_text(content, f"message {number}")}
-
-
-def _valid_text(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"{name}: not valid Unicode (a lone surrogate)") from None
-    return text
-
-
 class _MissingColumn(Exception):
     def __init__(self, what: str, row: Row) -> None:
         columns = ", ".join(map(str, row)) or "none"
@@ -252,7 +223,7 @@ def _as_messages(value: Any, role: str, name: str) -> list[Any]:
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(f"the {name} is empty")
-        return [{"role": role, "content": value}]
+        return [message(role, value)]
     if isinstance(value, list):
         if not value:
             raise BadRow(f"the {name} is empty")

@@ -1,4 +1,4 @@
-"""Examples on disk: tokenised once into an Arrow file, memory-mapped ever after.
+"""Examples on disk: they are tokenised once into an Arrow file, which later runs map into memory.
 
 Host memory holds a few bytes an example (indices), never the examples. A store lives in `cache_dir/store-KEY/`:
 
@@ -13,55 +13,26 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ssgen_ds.config import DataConfig, SourceConfig
-from ssgen_ds.data.paths import resolve_path
-from ssgen_ds.data.readers import BadRow, load_hub
-from ssgen_ds.data.records import BadRows, Record, RecordMaker, read_rows
-from ssgen_ds.data.tokenize import ChatFormat, Example, OverLength
+from ssgen_ds.data.parts import encoded_rows as encoded_rows
+from ssgen_ds.data.parts import forget
+from ssgen_ds.data.paths import new_folder, resolve_path
+from ssgen_ds.data.readers import load_hub
+from ssgen_ds.data.repeats import repeat_id, repeat_numbers
+from ssgen_ds.data.store_writer import EXAMPLE_FIELDS, ROWS_PER_BATCH, SCHEMA, Summary, id_hash, write_examples
+from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.schema import DataConfig, SourceConfig
 
-FORMAT = 1  # part of the cache key: raise it when what is stored, or how rows become tokens, changes
-ROWS_PER_BATCH = 256
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("prompt_loss_mask", pa.list_(pa.int8())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("truncated", pa.bool_()),
-        ("reference", pa.string()),
-        ("prompt_truncated", pa.bool_()),
-        ("source", pa.int32()),
-        ("where", pa.string()),
-        ("id_hash", pa.uint64()),
-        ("content_hash", pa.uint64()),
-    ]
-)
-EXAMPLE_FIELDS = tuple(field.name for field in fields(Example))
-
-
-@dataclass
-class Summary:
-    """What went into a store."""
-
-    examples: int = 0
-    bad_rows: int = 0
-    over_length_rows: int = 0
-    truncated_prompts: int = 0
-    truncated_responses: int = 0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
-    fingerprint: str = ""
+FORMAT = 4  # part of the cache key: raise it when what is stored, or how rows become tokens, changes
 
 
 class Store(Sequence[Example]):
@@ -103,17 +74,31 @@ class Store(Sequence[Example]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and response together."""
-        most = 0
-        for number in range(self._reader.num_record_batches):
-            batch = self._reader.get_batch(number)
-            both = pc.add(*(pc.list_value_length(batch.column(name)) for name in ("prompt_ids", "response_ids")))
-            most = max(most, pc.max(both).as_py() or 0)
-        return most
+        """Tokens of the longest prompt and response together, of the whole store."""
+        return self.summary.longest
 
     def part(self, indices: np.ndarray) -> Store:
         """A view of some examples, in the given order."""
         return Store(self.folder, self.weights, indices if self._indices is None else self._indices[indices])
+
+    def rename(self, names: dict[int, str]) -> None:
+        """Write the examples with other ids, by index, in place of the file. Only for the process that just made it."""
+        partial = self.folder / "examples.partial"
+        numbers = sorted(names)
+        with partial.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for number in range(self._reader.num_record_batches):
+                batch, first = self._reader.get_batch(number), number * ROWS_PER_BATCH
+                here = numbers[bisect_left(numbers, first) : bisect_left(numbers, first + batch.num_rows)]
+                if here:
+                    ids = batch.column("id").to_pylist()
+                    for index in here:
+                        ids[index - first] = names[index]
+                    batch = batch.set_column(0, SCHEMA.field("id"), pa.array(ids, pa.string()))
+                writer.write_batch(batch)
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / "examples.arrow")
 
     def _row(self, index: int) -> dict[str, Any]:
         if self._indices is not None:
@@ -128,25 +113,64 @@ def build_store(
     chat: ChatFormat,
     cache_dir: Path,
     key: str = "data.train",
+    tick: Callable[[], None] = lambda: None,
 ) -> Store:
     """Tokenise all sources into a store below `cache_dir`, or reopen the one that is there.
 
     Reused while files (path, size, time), tokenizer, template and data settings stay the same; weights may change.
-    Raises UserError for bad rows (unless skipped), an empty source, or one id given to different contents. `key` names
-    the recipe's entry in errors.
+    Raises UserError for bad rows (unless skipped), an empty source, one id given to different contents, or a cache that
+    cannot be written. `key` names the recipe's entry in errors; `tick` is called at every row. An
+    interrupted start leaves its parts for the next one.
     """
     weights = tuple(source.weight for source in sources)
     folder = Path(cache_dir) / f"store-{_cache_key(sources, data, chat, key)}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _write(temp, sources, data, chat, key)
-            _refuse_reused_ids(Store(temp, weights), key)
-            _move_into_place(temp, folder)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+        with _writing_to(folder.parent, key):
+            _fill(folder, weights, sources, data, chat, key, tick)
     return Store(folder, weights)
+
+
+def _fill(
+    folder: Path,
+    weights: tuple[float, ...],
+    sources: list[SourceConfig],
+    data: DataConfig,
+    chat: ChatFormat,
+    key: str,
+    tick: Callable[[], None],
+) -> None:
+    """Make the store `folder`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temp = new_folder(folder.parent, f".{folder.name}.")
+    parts = folder.with_name(f".parts-{folder.name.removeprefix('store-')}")
+    try:
+        write_examples(temp, parts, sources, data, chat, key, tick)
+        store = Store(temp, weights)
+        _refuse_reused_ids(store, key)
+        _number_repeats(store, key)
+        _move_into_place(temp, folder)
+        forget(parts)
+    except UserError:
+        forget(parts)
+        raise
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextmanager
+def _writing_to(cache_dir: Path, key: str) -> Iterator[None]:
+    """Inside, an OSError about the cache becomes a UserError that names it; errors about other files pass through."""
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        # A parent of the cache, where that could not be made.
+        if not (named is None or named.is_relative_to(cache_dir) or cache_dir.is_relative_to(named)):
+            raise
+        raise UserError(
+            f"{key}: what is tokenised cannot be kept in {cache_dir}: {error.strerror or error}; "
+            "set SSGEN_CACHE to a folder that you may write to and that has room"
+        ) from None
 
 
 def split_store(store: Store, eval_fraction: float) -> tuple[Store, Store]:
@@ -166,100 +190,6 @@ def split_store(store: Store, eval_fraction: float) -> tuple[Store, Store]:
     return store.part(np.flatnonzero(~chosen)), store.part(np.flatnonzero(chosen))
 
 
-def id_hash(identifier: str) -> int:
-    """Unsigned 64-bit hash of an example id."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
-
-
-def encoded_rows(
-    source: SourceConfig, data: DataConfig, chat: ChatFormat, key: str, streaming: bool = False
-) -> Iterator[tuple[str, Record, Example] | tuple[str, None, BadRow]]:
-    """One pass over a source: (place, record, example), or (place, None, what is wrong)."""
-    make_record = RecordMaker(source, data, key)
-    for where, row in read_rows(source, key, streaming):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            record = make_record(where, row)
-            example = chat.encode(record)
-        except BadRow as problem:
-            yield where, None, problem
-        except UserError as error:
-            what = str(error).removeprefix(f"{key}: ").removeprefix(f"{where}: ")
-            raise UserError(f"{key}: {where}: {what}") from None
-        else:
-            yield where, record, example
-
-
-def _write(folder: Path, sources: list[SourceConfig], data: DataConfig, chat: ChatFormat, key: str) -> None:
-    summary, bad = Summary(), BadRows()
-    digest = hashlib.blake2b(digest_size=16)
-    with (
-        (folder / "examples.arrow").open("wb") as file,
-        (folder / "skipped.txt").open("w", encoding="utf-8", errors="backslashreplace") as skipped,
-        pa.ipc.new_file(file, SCHEMA) as writer,
-    ):
-        rows: list[dict[str, Any]] = []
-        for number, source in enumerate(sources):
-            for row in _source_rows(number, source, data, chat, key, summary, bad, skipped):
-                digest.update(json.dumps([row[name] for name in EXAMPLE_FIELDS]).encode() + b"\n")
-                rows.append(row)
-                if len(rows) == ROWS_PER_BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-                    rows = []
-        if bad.total and data.on_bad_row == "error":
-            raise bad.error(key)
-        if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    summary.bad_rows = bad.total
-    summary.fingerprint = digest.hexdigest()
-    with (folder / "summary.json").open("w", encoding="utf-8") as file:
-        json.dump(asdict(summary), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _source_rows(
-    number: int,
-    source: SourceConfig,
-    data: DataConfig,
-    chat: ChatFormat,
-    key: str,
-    summary: Summary,
-    bad: BadRows,
-    skipped: IO[str],
-) -> Iterator[dict[str, Any]]:
-    """Store rows of one source, counting as it goes. Raises UserError if the source gives no example at all."""
-    seen = kept = 0
-    reason = ""
-    for where, record, example in encoded_rows(source, data, chat, key):
-        seen += 1
-        if record is None:
-            reason = f"{where}: {example}"
-            skipped.write(reason + "\n")
-            if isinstance(example, OverLength):
-                summary.over_length_rows += 1
-            else:
-                bad.add(where, example)
-            continue
-        kept += 1
-        summary.examples += 1
-        summary.truncated_prompts += example.prompt_truncated
-        summary.truncated_responses += example.truncated
-        summary.prompt_tokens += len(example.prompt_ids)
-        summary.response_tokens += len(example.response_ids)
-        row = {name: getattr(example, name) for name in EXAMPLE_FIELDS}
-        content = int(record.content_hash[:16], 16)
-        yield {**row, "source": number, "where": where, "id_hash": id_hash(record.id), "content_hash": content}
-    if not seen:
-        raise UserError(f"{key}: {source.path} holds no rows")
-    if not kept and not (bad.total and data.on_bad_row == "error"):
-        raise UserError(f"{key}: {source.path}: all {seen} rows were left out; the last: {reason}")
-
-
 def _refuse_reused_ids(store: Store, key: str) -> None:
     """One id must mean one content: samples and splits are keyed by the id."""
     ids, contents = store.numbers("id_hash"), store.numbers("content_hash")
@@ -272,6 +202,23 @@ def _refuse_reused_ids(store: Store, key: str) -> None:
     if problems:
         fix = "name another id column in columns.id, or set columns: {id: ''} to use content hashes"
         raise UserError.from_list(f"{key}: {len(clash)} ids are given to rows of different content; {fix}", problems)
+
+
+def _number_repeats(store: Store, key: str) -> None:
+    """Give equal rows ids of their own; `id_hash` and the fingerprint stay those of the ids that they share."""
+    numbers = repeat_numbers(store.numbers("id_hash"))
+    repeats = np.flatnonzero(numbers > 1)
+    if not len(repeats):
+        return
+    names = {int(i): repeat_id(store[int(i)].id, int(numbers[i])) for i in repeats}
+    taken = np.isin(np.array([id_hash(name) for name in names.values()], np.uint64), store.numbers("id_hash"))
+    if taken.any():
+        index = int(repeats[np.argmax(taken)])
+        raise UserError(
+            f"{key}: {store.where(index)} repeats the id {store[index].id!r} and would be {names[index]!r}, which is "
+            "another row's id; leave repeated rows out, or set columns: {id: ''} to use content hashes"
+        )
+    store.rename(names)
 
 
 def _move_into_place(temp: Path, folder: Path) -> None:
@@ -295,5 +242,8 @@ def _cache_key(sources: list[SourceConfig], data: DataConfig, chat: ChatFormat, 
             origins.append([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats])
         origins.append(source.model_dump(mode="json", exclude={"weight"}))
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(json.dumps([FORMAT, settings, origins, chat.fingerprint()], sort_keys=True).encode())
+    parts = [FORMAT, settings, origins, chat.fingerprint()]
+    if chat.rows_below_tokenizer is not None:  # rows were refused by it
+        parts.append(chat.rows_below_tokenizer)
+    digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()

@@ -7,21 +7,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from ssgen_ds.config import DataConfig
+from ssgen_ds.data.messages import Message, extra_fields, message
 from ssgen_ds.data.readers import BadRow
-from ssgen_ds.data.records import Message, Record
+from ssgen_ds.data.records import Record
+from ssgen_ds.data.template import SENTINEL, Template, after_sentinel, open_template
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.schema import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SENTINEL = "SSGENSENTINEL"  # stands in for an assistant's content, to find what a template puts around it
 PLAIN_SEPARATOR = "\n\n"  # between the parts of a prompt where there is no chat template
 
 
@@ -34,7 +32,7 @@ class Example:
     """One training example.
 
     prompt_ids: at least one token. prompt_loss_mask: with `loss_on: all` 1 on earlier assistant turns, as long as
-    prompt_ids; else None. response_ids: end with the turn end, unless `truncated`. reference: the gold response text.
+    prompt_ids; else None. response_ids: end with the turn end, unless `truncated`. gold_text: the response as text.
     """
 
     id: str
@@ -42,28 +40,33 @@ class Example:
     prompt_loss_mask: list[int] | None
     response_ids: list[int]
     truncated: bool
-    reference: str
+    gold_text: str
     prompt_truncated: bool = False
 
 
 class ChatFormat:
     """How conversations become tokens: the prompt's rendering, the end of a turn, and which ids stop or are banned.
 
-    `generation_eos_ids` are the model's own stop ids. Raises UserError for a template that cannot be used, or when
+    `generation_eos_ids` are the model's own stop ids; `embedding_rows` is how many tokens the model has a row for, None
+    where nobody looks them up. Raises UserError for a template that cannot be used, or when
     neither the tokenizer nor the template has an end token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, generation_eos_ids: Iterable[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        generation_eos_ids: Iterable[int] = (),
+        embedding_rows: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.data = data
-        self.template = _chat_template(tokenizer, data)
+        is_larger = embedding_rows is not None and len(tokenizer) > embedding_rows
+        # Rows of the embedding where the tokenizer has ids beyond it, which the model cannot look up; else None.
+        self.rows_below_tokenizer: int | None = embedding_rows if is_larger else None
+        self.template = open_template(tokenizer, data)
         self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        try:
-            end = self._template_turn_end() if self.template is not None else None
-        except jinja2.TemplateError as error:
-            raise UserError(f"data.chat_template: the chat template cannot be rendered: {error}") from None
+        end = self._template_turn_end()
         end = tokenizer.eos_token_id if end is None else end
         if end is None:
             raise UserError(
@@ -78,13 +81,14 @@ class ChatFormat:
 
     def encode(self, record: Record) -> Example:
         """Token ids of one record, within the recipe's lengths. Raises BadRow, or OverLength with `skip`."""
-        content = self._without_end(record.messages[-1]["content"])
+        text, content = self._texts(record)
+        content = self._without_end(content)
         response_ids = self._ids(content)
         if not response_ids and record.messages[-1]["content"].strip():
             raise BadRow("the response is empty but for its end token")
         if not self.end_ids.isdisjoint(response_ids):
             raise BadRow(f"the response holds an end token ({' or '.join(self._end_texts)}) before its end")
-        prompt, loss_mask = self._prompt(record.messages[:-1])
+        prompt, loss_mask = self._prompt(record, text)
         if not prompt:
             raise BadRow("the prompt has no tokens")
         response_ids = [*response_ids, self.turn_end_id]
@@ -93,8 +97,10 @@ class ChatFormat:
             raise OverLength(too_long) if self.data.over_length == "skip" else BadRow(too_long)
         prompt_truncated = len(prompt) > self.data.max_prompt_tokens
         if prompt_truncated:
-            prompt, loss_mask = self._shortened_prompt(record.messages[:-1], len(prompt))
+            prompt, loss_mask = self._shortened_prompt(record, len(prompt))
         truncated = len(response_ids) > self.data.max_response_tokens
+        if what := self.beyond_embedding([*prompt, *response_ids[: self.data.max_response_tokens]]):
+            raise BadRow(what)
         return Example(
             record.id,
             prompt,
@@ -105,16 +111,27 @@ class ChatFormat:
             prompt_truncated,
         )
 
+    def beyond_embedding(self, ids: list[int]) -> str:
+        """What is wrong with ids that the model has no embedding for; "" where there are none."""
+        rows = self.rows_below_tokenizer
+        if rows is None or max(ids, default=0) < rows:
+            return ""
+        first = next(token for token in ids if token >= rows)
+        return (
+            f"the token {self.tokenizer.convert_ids_to_tokens(first)!r} ({first}) has no row in the model's embedding, "
+            f"which has {rows}: take it out of the text, or the tokenizer that belongs to the model"
+        )
+
     def correction_ids(self, cue: str) -> list[int]:
         """Ids between a spliced-in assistant turn (without its end token) and the start of the next assistant turn."""
         if self.template is None:
             return self._ids(f"{PLAIN_SEPARATOR}{cue}{PLAIN_SEPARATOR}")
-        turns = [_message("user", "X"), _message("assistant", SENTINEL), _message("user", cue)]
+        turns = [message("user", "X"), message("assistant", SENTINEL), message("user", cue)]
         try:
-            text = self._render(turns, generation=True)
-        except jinja2.TemplateError as error:
+            text = self.template.prompt(turns, {})
+        except BadRow as error:
             raise UserError(f"data.chat_template: refuses a correction turn: {error}") from None
-        return self._ids(self._after_sentinel(text))
+        return self._ids(after_sentinel(text))
 
     def banned_ids(self, vocab_size: int, keep: Iterable[int] = ()) -> list[int]:
         """Ids that generation must not produce, sorted; `vocab_size` is the width of the model's logits.
@@ -136,31 +153,40 @@ class ChatFormat:
         parts = [
             type(tokenizer).__name__,
             rules,
-            self.template,
+            None if self.template is None else self.template.text,
             self.turn_end_id,
             self.stop_ids,
             sorted(self.special_ids),
         ]
+        if self.data.chat_template_kwargs:
+            parts.append(json.dumps(self.data.chat_template_kwargs, sort_keys=True))
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _render(self, messages: list[Message], generation: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, add_generation_prompt=generation, tokenize=False
-        )
-
-    def _after_sentinel(self, text: str) -> str:
-        _, found, after = text.partition(SENTINEL)
-        if not found:
-            raise UserError("data.chat_template: the chat template does not show the assistant's content")
-        return after
-
     def _template_turn_end(self) -> int | None:
         """The first special token after an assistant's content; it need not be the tokenizer's EOS."""
-        text = self._render([_message("user", "X"), _message("assistant", SENTINEL)], generation=False)
-        return next((i for i in self._ids(self._after_sentinel(text)) if i in self.special_ids), None)
+        if self.template is None:
+            return None
+        return next((i for i in self._ids(self.template.after_turn) if i in self.special_ids), None)
+
+    def _texts(self, record: Record) -> tuple[str, str]:
+        """(rendered prompt, response) of a conversation, of which the template leaves out nothing. Raises BadRow."""
+        messages, inputs = record.messages, record.inputs
+        if self.template is None:
+            more = [*inputs, *(name for one in messages for name in extra_fields(one))]
+            if more:
+                raise BadRow(
+                    f"the tokenizer has no chat template, so that nothing reads {', '.join(more)}: set "
+                    f"data.chat_template, or leave it out by data.ignore_fields=[{','.join(more)}]"
+                )
+            return "", messages[-1]["content"]
+        prompt = self.template.prompt(messages[:-1], inputs)
+        self.template.check_all_is_read(messages, inputs, prompt)
+        response = self.template.response(messages, inputs, prompt)
+        self.template.warn_where_unclosed(record.where, messages[:-1], inputs, prompt, response)
+        return prompt, response
 
     def _without_end(self, content: str) -> str:
         """The response without end tokens that the data already carries: one is added, and one is enough."""
@@ -169,41 +195,37 @@ class ChatFormat:
                 content = content.removesuffix(text)
         return content
 
-    def _prompt(self, messages: list[Message]) -> tuple[list[int], list[int] | None]:
-        """Ids of everything before the response, and the loss mask with `loss_on: all`."""
+    def _prompt(self, record: Record, text: str) -> tuple[list[int], list[int] | None]:
+        """Ids of everything before the response, and the loss mask with `loss_on: all`. `text`: the rendered prompt."""
         if self.template is None:
-            ids = self._plain_prompt(messages)
+            ids = self._plain_prompt(record.messages[:-1])
             return ids, [0] * len(ids) if self.data.loss_on == "all" else None
-        try:
-            if self.data.loss_on == "all":
-                return self._prompt_by_segments(messages)
-            return self._ids(self._render(messages, generation=True)), None
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses these messages: {error}") from None
+        if self.data.loss_on == "all":
+            return self._prompt_by_segments(self.template, record, text)
+        return self._ids(text), None
 
     def _plain_prompt(self, messages: list[Message]) -> list[int]:
-        if [message["role"] for message in messages] not in (["user"], ["system", "user"]):
+        if [one["role"] for one in messages] not in (["user"], ["system", "user"]):
             raise UserError(
                 "the tokenizer has no chat template, and the data holds conversations of several turns; "
                 "set data.chat_template"
             )
-        parts = [message["content"] for message in messages]
+        parts = [one["content"] for one in messages]
         ids = self._ids(PLAIN_SEPARATOR.join([*parts, ""]), special=True)
         # Some tokenizers end every text with EOS; before a response it would say that all is over.
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
-    def _prompt_by_segments(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+    def _prompt_by_segments(self, template: Template, record: Record, text: str) -> tuple[list[int], list[int]]:
         """Tokenise the text around each assistant turn apart, so that the mask is exact to the token."""
-        text = self._render(messages, generation=True)
         ids: list[int] = []
         mask: list[int] = []
         done = 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for number, turn in enumerate(record.messages[:-1]):
+            if turn["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], generation=True)
-            stripped = message["content"].strip()  # some templates trim
-            content = message["content"] if text.startswith(before + message["content"]) else stripped
+            before = template.prompt(record.messages[:number], record.inputs)
+            content = template.response(record.messages[: number + 1], record.inputs, before)
+            content = content if text.startswith(before + content) else content.strip()  # some templates trim
             if not text.startswith(before + content) or len(before) < done:
                 raise BadRow(
                     "the chat template rewrites earlier turns, so that they cannot be trained as the model will see "
@@ -235,13 +257,16 @@ class ChatFormat:
             if length > limit
         )
 
-    def _shortened_prompt(self, messages: list[Message], full_tokens: int) -> tuple[list[int], list[int] | None]:
+    def _shortened_prompt(self, record: Record, full_tokens: int) -> tuple[list[int], list[int] | None]:
         """The prompt with the last user message cut at its end until all fits; the template around it stays whole."""
-        last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+        messages = record.messages
+        last = max(number for number, one in enumerate(messages) if one["role"] == "user")
         content, limit = messages[last]["content"], self.data.max_prompt_tokens
 
         def keep(chars: int) -> tuple[list[int], list[int] | None]:
-            return self._prompt([*messages[:last], _message("user", content[:chars]), *messages[last + 1 :]])
+            cut = [*messages[:last], {**messages[last], "content": content[:chars]}, *messages[last + 1 :]]
+            text = "" if self.template is None else self.template.prompt(cut[:-1], record.inputs)
+            return self._prompt(replace(record, messages=cut), text)
 
         best = keep(0)
         if len(best[0]) > limit:
@@ -263,16 +288,3 @@ class ChatFormat:
             else:
                 over, over_tokens = middle, len(tried[0])
         return best
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str | None:
-    if data.chat_template is not None:
-        try:
-            return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template: cannot read {data.chat_template}: {error}") from None
-    return tokenizer.get_chat_template() if tokenizer.chat_template else None

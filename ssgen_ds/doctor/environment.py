@@ -19,9 +19,9 @@ from packaging.specifiers import SpecifierSet
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import ACCELERATE_MIN_VERSION, BITSANDBYTES_MIN_VERSION
 
+from ssgen_ds.distributed.host_memory import GIB
 from ssgen_ds.doctor.finding import Finding, error, note, ok, warning
-from ssgen_ds.modeling.convert import cache_root
-from ssgen_ds.selfgen.strategy import GIB
+from ssgen_ds.recipe.user_paths import cache_root
 
 # A package, its versions, what happens, what to install; the last three are what transformers itself asks for.
 KNOWN_BAD = (

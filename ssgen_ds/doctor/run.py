@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ssgen_ds.config import Recipe, load_recipe
 from ssgen_ds.doctor import environment, tokens
 from ssgen_ds.doctor.finding import Finding, error, ok, warning
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.load import load_recipe
+from ssgen_ds.recipe.schema import Recipe
 
 _MARKS = {"ok": "[green]ok[/green]     ", "note": "[cyan]note[/cyan]   ", "warning": "[yellow]warning[/yellow]",
           "error": "[red]error[/red]  "}  # fmt: skip
@@ -50,44 +51,54 @@ def _run(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _recipe_findings(recipe: Recipe) -> list[Finding]:
-    """Of the model and the data; what one of them needs and cannot be loaded is one finding, not many."""
-    from transformers import GenerationConfig
-
-    from ssgen_ds.build import generation_stops
-    from ssgen_ds.data.tokenize import ChatFormat
-    from ssgen_ds.ds_config import build_ds_config
-    from ssgen_ds.modeling.load import load_config, load_tokenizer, resolve_model_path
+    """Of the model and the data. Each problem is one finding, whichever check meets it first."""
+    from ssgen_ds.modeling.load import open_model
+    from ssgen_ds.modeling.preflight import data_problems
     from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
+    from ssgen_ds.recipe.deepspeed import build_ds_config
+
+    def check_deepspeed(recipe: Recipe) -> list[Finding]:
+        build_ds_config(recipe, 1, "float32")
+        return ok("deepspeed", recipe.deepspeed)
 
     findings = [error("quantization", p, "it would be refused", "as it says") for p in quantization_problems(recipe)]
     if slow := slow_quantization(recipe, "cuda" if torch.cuda.is_available() else "cpu"):
         findings.append(warning("quantization", slow, "nf4 saves memory; only a GPU makes it fast", "as it says"))
-    findings += _run("deepspeed", lambda: build_ds_config(recipe, 1, "float32") and ok("deepspeed", recipe.deepspeed))
+    findings += _run("deepspeed", lambda: check_deepspeed(recipe))
+    missing = data_problems(recipe.data)
+    findings += [error("data", problem, "training would be refused", "as the message says") for problem in missing]
     try:
-        config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-        chat = ChatFormat(tokenizer, recipe.data, generation_stops(config))
+        opened = open_model(recipe.model, recipe.data)
     except UserError as problem:
         return [*findings, error("model", str(problem), "nothing could be trained", "as the message says")]
-    generation = None
+    findings += _run("model", lambda: tokens.check_model(recipe, opened.config))
+    findings += _run("lengths", lambda: _length_findings(recipe, opened.chat, opened.config))
+    findings += _run("ends", lambda: tokens.check_ends(opened, _generation_config(recipe)))
+    findings += _run("prefix", lambda: tokens.check_prefix(recipe, opened.chat))
+    return findings if missing else findings + _run("data", lambda: tokens.check_data(recipe, opened.chat))
+
+
+def _generation_config(recipe: Recipe) -> Any:
+    """What the model's folder says of generation; None where it says nothing."""
+    from transformers import GenerationConfig
+
+    from ssgen_ds.modeling.model_path import resolve_model_path
+
     with suppress(OSError):
         source = resolve_model_path(recipe.model.path, recipe.model.revision)
-        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision)
-    findings += _run("model", lambda: tokens.check_model(recipe, config))
-    findings += _run("lengths", lambda: _length_findings(recipe, chat, config))
-    findings += _run("ends", lambda: tokens.check_ends(recipe, tokenizer, chat, config, generation))
-    findings += _run("prefix", lambda: tokens.check_prefix(recipe, tokenizer, chat))
-    return findings + _run("data", lambda: tokens.check_data(recipe, chat))
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    return None
 
 
 def _length_findings(recipe: Recipe, chat: Any, config: Any) -> list[Finding]:
-    from ssgen_ds.build import context_problems
+    from ssgen_ds.modeling.positions import context_problems
 
     why = "a position beyond the last one that was trained means nothing"
     problems = context_problems(recipe, chat, config)
     return [error("lengths", problem, why, "as it says") for problem in problems]
 
 
-def command(file: Path | None, overrides: list[str], strict: bool, as_json: bool) -> bool:
+def print_findings(file: Path | None, overrides: list[str], strict: bool, as_json: bool) -> bool:
     """Print the findings; whether nothing is wrong (with `strict`, nothing even to be warned of)."""
     findings = examine(file, overrides)
     bad = {"error", "warning"} if strict else {"error"}

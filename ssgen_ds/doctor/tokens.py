@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssgen_ds.config import Recipe
-from ssgen_ds.data.loader import build_datasets
+from ssgen_ds.data.datasets import StreamPlan, build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.doctor.finding import Finding, error, note, ok, warning
-from ssgen_ds.modeling import families
-from ssgen_ds.modeling.convert import cache_root
+from ssgen_ds.modeling.families import check_trainable
+from ssgen_ds.modeling.load import OpenedModel
+from ssgen_ds.recipe.schema import Recipe
+from ssgen_ds.recipe.user_paths import cache_root
 
 _SAMPLE = 200  # examples looked at
 
 
 def check_model(recipe: Recipe, config: Any) -> list[Finding]:
-    """The family; UserError from `families` becomes a finding by the runner."""
-    families.check(config, uses_selfgen=recipe.generates)
-    if recipe.data.packing:
-        families.check_packing(config)
+    """The family. Raises UserError, which the runner makes a finding."""
+    check_trainable(config, recipe)
     return ok("model", f"{config.model_type}, {config.get_text_config().vocab_size} logits")
 
 
-def check_ends(recipe: Recipe, tokenizer: Any, chat: ChatFormat, config: Any, generation: Any) -> list[Finding]:
+def check_ends(opened: OpenedModel, generation: Any) -> list[Finding]:
     """Whether everybody agrees on what ends an answer and what is padding."""
     findings = []
+    tokenizer, chat, width = opened.tokenizer, opened.chat, opened.vocab_size
     eos, pad, unknown = tokenizer.eos_token_id, tokenizer.init_kwargs.get("pad_token"), tokenizer.unk_token_id
 
     def name(token: int) -> str:
@@ -57,11 +57,10 @@ def check_ends(recipe: Recipe, tokenizer: Any, chat: ChatFormat, config: Any, ge
             )
         )
     findings += _stop_findings(chat, generation)
-    width = config.get_text_config().vocab_size
     if len(tokenizer) > width:
-        why = "ids beyond the embedding crash, or read past it on a GPU"
-        fix = "resize the model's embedding, or take the tokenizer that belongs to it"
-        findings.append(error("ends", f"the tokenizer knows {len(tokenizer)} tokens, the model {width}", why, fix))
+        why = "a row whose text has one of the others is refused: the model has no embedding for it"
+        fix = "nothing while no text has one (padding is never looked up); else the tokenizer that belongs to the model"
+        findings.append(note("ends", f"the tokenizer knows {len(tokenizer)} tokens, the model {width}", why, fix))
     return findings or ok("ends", f"answers end with {name(chat.turn_end_id)}; stops {list(chat.stop_ids)}")
 
 
@@ -100,17 +99,13 @@ def _ids(value: Any) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def check_prefix(recipe: Recipe, tokenizer: Any, chat: ChatFormat) -> list[Finding]:
+def check_prefix(recipe: Recipe, chat: ChatFormat) -> list[Finding]:
     """Whether rendering prompt and answer together begins with the prompt rendered alone."""
     if chat.template is None:
         return ok("prefix", "no chat template: prompt and answer are joined as ids")
     user, assistant = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is blue."}
 
-    def render(messages: list[dict[str, str]], generation: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=chat.template, add_generation_prompt=generation, tokenize=False
-        )
-
+    render = chat.template.render
     findings = []
     alone, whole = render([user], True), render([user, assistant], False)
     if not whole.startswith(alone):
@@ -131,7 +126,7 @@ def check_prefix(recipe: Recipe, tokenizer: Any, chat: ChatFormat) -> list[Findi
 def check_data(recipe: Recipe, chat: ChatFormat) -> list[Finding]:
     """What the labels of the first examples look like."""
     datasets = build_datasets(recipe, chat, cache_root() / "data")
-    if recipe.data.streaming:
+    if isinstance(datasets.plan, StreamPlan):
         return ok("data", "streaming: looked at while training")
     store = datasets.plan.store
     sample = [store[i] for i in range(min(_SAMPLE, len(store)))]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.evaluate.statistics import difference
 from ssgen_ds.evaluate.summary import Prediction, by_example
+from ssgen_ds.metrics.intervals import difference
+from ssgen_ds.run.evaluations import FIX, read_predictions
+from ssgen_ds.run.read_back import EvaluationFile, read_mapping
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """Differences B - A of every score that both have, over the same examples.
+    """The difference B - A of every score that both files have, over the same examples.
 
     Raises:
-        UserError: not evaluations, or of different examples: a paired comparison would compare unlike things.
+        UserError: a file is not an evaluation, or the two have different examples, which cannot be paired.
     """
     results = [_read(before), _read(after)]
     predictions = [_read_predictions(file, result) for file, result in zip((before, after), results, strict=True)]
@@ -38,25 +39,21 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as an evaluation: {error}") from None
-    if not isinstance(result, dict) or result.get("kind") != "evaluation":
+    result = read_mapping(file, FIX)
+    if result.get("kind") != "evaluation":
         raise UserError(f"{file}: is no evaluation; give the F.json of `ssgen evaluate --out F.json`")
-    return result
+    return read_mapping(file, FIX, EvaluationFile)
 
 
 def _read_predictions(file: Path, result: dict[str, Any]) -> list[Prediction]:
+    if rows := read_predictions(file, result):
+        return rows
     predictions = file.with_name(result["predictions"])
-    try:
-        return [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{predictions}: the predictions of {file} cannot be read: {error}") from None
+    raise UserError(f"{predictions}: the predictions of {file} cannot be read: they are gone; evaluate again")
 
 
 def _num_other_prompts(a: list[Prediction], b: list[Prediction]) -> int:
-    """Examples whose prompt was not the same text: another template, or cut at another length."""
+    """How many examples had another prompt text: another template, or a cut at another length."""
     prompts = [{one["index"]: one["prompt"] for one in rows} for rows in (a, b)]
     return sum(prompts[1][index] != prompt for index, prompt in prompts[0].items())
 

@@ -1,225 +1,295 @@
-"""The training-inference gap: gold tokens scored after contexts that the model wrote itself (METHOD).
+"""`ssgen gap`: the training-inference gap of one model or of several, in numbers (gap.json) and one figure (gap.png).
 
-For each mix rate the one sampler makes a context for every example, as in BSS, and the gold tokens are scored after it:
-rate 0 is what training sees, rate 1 what the model sees when it answers. Gold after sampled tokens is harder for a
-perfect model, too, so models are compared with each other: each on its own contexts, and all on those of the first.
-
-An example has one key for its coins and its noise, whatever the rate and the model: a token that is sampled at one rate
-is sampled at all higher ones, and curves differ by their models alone. No training run uses these keys.
+For a single run, checkpoint or adapter the base model is measured first: before and after training, on the same
+examples, coins and noise. Models are loaded one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+from ssgen_ds.data.paths import resolve_path
+from ssgen_ds.errors import GenerationInterrupted, Problems, StopRequested, UserError
+from ssgen_ds.evaluate.gap_file import find_file, find_folder, gap_identity
+from ssgen_ds.evaluate.gap_measure import FREE, GOLD, Contexts, GapSettings, Measurement, measure
+from ssgen_ds.inference.session import Inference, InferenceSettings, Ticker, data_config, open_inference
+from ssgen_ds.run.layout import CHECKPOINTS_FOLDER, FIGURE_SUFFIX, PARTIAL
 
-from ssgen_ds.data.loader import shard_by_length
-from ssgen_ds.data.tokenize import ChatFormat, Example
-from ssgen_ds.errors import NonFiniteError
-from ssgen_ds.loss import CHUNK_LOGITS, check_loss
-from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
-from ssgen_ds.modeling.project import Head, instead_of_logits
-from ssgen_ds.selfgen.block import BlockChooser
-from ssgen_ds.selfgen.bss import bss_request
-from ssgen_ds.selfgen.engine_sampler import EngineSampler
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.noise import Stream, sequence_key
+if TYPE_CHECKING:
+    from ssgen_ds.distributed.world import World
+    from ssgen_ds.inference.model_source import ModelSource
 
-GOLD, FREE = 0.0, 1.0
-RATES = (GOLD, 0.05, 0.1, 0.25, 0.5, FREE)
-TOKENS_PER_CALL = 2**14  # scored at once on a rank, padding included: more would not be faster
-Contexts = dict[float, list[list[int]]]  # mix rate -> the context of each example, as long as its gold response
-Tick = Callable[[str], Callable[[int, int], None]]  # a phase's name -> a progress callback
-
-
-@dataclass(frozen=True)
-class GapSettings:
-    """How contexts are made. `rates`: ascending, from 0 to 1."""
-
-    rates: tuple[float, ...] = RATES
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+BASE = "base"
+# Keys of `data` that decide which tokens an example has.
+_TOKEN_KEYS = (
+    "train", "columns", "prompt", "system", "chat_template", "chat_template_kwargs", "ignore_fields",
+    "max_prompt_tokens", "max_response_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of one example's gold tokens, in order: NLL in nats (float32) and whether it was the likeliest token."""
+class Subject:
+    """One model to measure. `name` is short and stands in the figure; `model` is what the user gave."""
 
-    nll_T: np.ndarray
-    hit_T: np.ndarray
-
-
-Scored = dict[float, list[Scores]]  # mix rate -> the scores of each example
+    name: str
+    model: str
+    inference: Inference
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """What one row reads from position `begin` on; the labels are predicted from its last tokens."""
-
-    begin: int
-    ids: list[int]
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One model's contexts, and its scores on them and on the first model's: the same ones for the first."""
-
-    contexts: Contexts
-    own: Scored
-    shared: Scored
-    sampled_share: dict[float, float]  # mix rate -> part of the response tokens that were sampled, whatever came out
-
-
-def measure(
-    sampler: EngineSampler,
-    chat: ChatFormat,
-    examples: list[Example],
-    vocab_size: int,
-    settings: GapSettings,
-    first: Contexts | None,
-    tick: Tick = lambda phase: lambda done, total: None,
-) -> Measurement:
-    """Measure one model; all ranks call it with the same arguments and get the same result.
+def gap(models: list[str], where: InferenceSettings, how: GapSettings, out: Path | None, with_base: bool) -> None:
+    """Measure the models and write gap.json and gap.png into `out`; every input is checked before any weight loads.
 
     Args:
-        vocab_size: width of the model's logits.
-        first: contexts of the first model; None: this is the first.
+        models: as `--model` takes them; the first is the one that the others are compared with.
+        where: every setting except the model.
+        out: the default is `gap` in the run folder, for a single run.
+        with_base: for a single trained model, measure its base model first.
 
     Raises:
-        UserError: the model computes its logits in a way that is not known here.
-        GenerationInterrupted, NonFiniteError: as the sampler does.
+        UserError: wrong input; rows without a response; models whose tokenizers differ.
+        StopRequested: a signal came; nothing was written.
     """
-    banned = tuple(chat.banned_ids(vocab_size))  # as in BSS: no end of a turn in mid-context
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, banned)
-    keys = [context_key(settings.seed, example.id) for example in examples]
-    contexts, sampled_share = Contexts(), {}
-    with sampler.ready():
-        sampler.world.together(lambda: _check(sampler.module))
-        blocks = BlockChooser("auto", sampler, vocab_size)
-        for rate in settings.rates:
-            # Another model's context from the same noise is a good guess; it changes the cost, not the tokens.
-            guesses = first[rate] if first is not None else [None] * len(examples)
-            requests = [
-                bss_request(example, rate, key, guess_ids)
-                for example, key, guess_ids in zip(examples, keys, guesses, strict=True)
-            ]
-            results, _, _ = sampler.sample(requests, sampling, blocks.mixing(requests), tick(f"contexts at {rate:g}"))
-            contexts[rate] = [result.tokens for result in results]
-            sampled_share[rate] = float(np.mean([coin for request in requests for coin in request.coins]))
-        others = (
-            {} if first is None else {rate: first[rate] for rate in settings.rates if first[rate] != contexts[rate]}
+    from ssgen_ds.distributed.process_group import process_group
+    from ssgen_ds.distributed.signals import stop_on_signals
+
+    with stop_on_signals() as stop, process_group(stop=stop) as world:
+        began = time.perf_counter()
+        problems = Problems()
+        folder = problems.ask(lambda: find_folder(out, models)) if world.is_main else None
+        subjects = open_subjects(models, where, with_base, world, problems)
+        world.together(lambda: check_examples(subjects))
+
+        def find() -> tuple[Path, str]:
+            measured = [(subject.model, subject.inference) for subject in subjects]
+            identity = gap_identity(measured, how, out)
+            assert folder is not None
+            return find_file(folder, out, measured[-1], how, identity), identity
+
+        file, identity = world.on_main(find)
+        measurements: list[Measurement] = []
+        try:
+            for subject in subjects:
+                first = measurements[0].contexts if measurements else None
+                measurements.append(_measure(subject, how, first, world))
+        except GenerationInterrupted:
+            raise StopRequested("stopped on request: nothing was written, start again") from None
+        result = world.together(
+            lambda: _write(subjects, measurements, how, file, identity, began) if world.is_main else None
         )
-        scores = score(sampler, examples, [*contexts.values(), *others.values()], tick("scoring"))
-    own = dict(zip(contexts, scores, strict=False))
-    return Measurement(contexts, own, own | dict(zip(others, scores[len(own) :], strict=True)), sampled_share)
+        if result is not None:
+            print_summary(result)
+            print(f"{file}, {file.with_suffix(FIGURE_SUFFIX)}")
+        subjects[0].inference.say_what_was_cut()
 
 
-def context_key(seed: int, example_id: str) -> int:
-    """The key of the coins and the noise of one example's contexts: none of its answers has it."""
-    return sequence_key(seed, Stream.EVALUATION, f"{example_id}\x1egap", 0)
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`0,.1,.5` -> ascending rates; 0 and 1 are always among them. Raises UserError."""
+    try:
+        rates = {float(item) for item in text.split(",") if item.strip()}
+    except ValueError:
+        raise UserError(f"--rates: must be numbers with commas between them, got {text!r}") from None
+    if not all(GOLD <= rate <= FREE for rate in rates):
+        raise UserError(f"--rates: must lie between 0 and 1, got {text!r}")
+    return tuple(sorted(rates | {GOLD, FREE}))
 
 
-def _check(model: torch.nn.Module) -> None:
-    """Training checks the same; a model from elsewhere has not been trained here."""
-    check_cache(model)
-    check_loss(model, is_packed=False)
+def open_subjects(
+    models: list[str], where: InferenceSettings, with_base: bool, world: World, problems: Problems
+) -> list[Subject]:
+    """The models in order, a base first, all with the same examples, but no weights.
 
-
-def score(
-    sampler: EngineSampler,
-    examples: list[Example],
-    contexts: list[list[list[int]]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[Scores]]:
-    """The gold tokens of each example after each of its contexts; all ranks call it alike and get all scores.
-
-    Works in every strategy of the sampler: under ZeRO-3 ranks may have different numbers of batches. A prompt is read
-    once for all its contexts.
-
-    Args:
-        contexts: several for each example, the examples in order within each; as long as the gold responses.
+    The first model that has a recipe says how the data is read. `problems` are told together with what is found here.
     """
-    world, lengths = sampler.world, [len(example.prompt_ids) + len(example.response_ids) for example in examples]
-    shards = shard_by_length(lengths, world.size, sampler.limit.rows_of(max(lengths)), TOKENS_PER_CALL)
-    step = max(1, CHUNK_LOGITS // sampler.module.config.get_text_config().vocab_size)
+    from ssgen_ds.inference.model_source import resolve_model_source
 
-    def score_mine() -> list[list[Scores]]:
-        scorer, found, done = GoldScorer(sampler.module, sampler.before_call, world.device, step), [], 0
-        for micro in shards[world.rank]:
-            found.append(scorer([examples[i] for i in micro], [[texts[i] for i in micro] for texts in contexts]))
-            done = min(done + len(micro) * world.size, len(examples))
-            progress(done, len(examples))
-        return [[scores for part in found for scores in part[n]] for n in range(len(contexts))]
-
-    parts = sampler.share(score_mine)
-    order = [i for shard in shards for micro in shard for i in micro]
-    places = np.argsort(order)
-    everyones = [[scores for part in parts for scores in part[n]] for n in range(len(contexts))]
-    return [[scores[place] for place in places] for scores in everyones]
-
-
-@dataclass
-class GoldScorer:
-    """Scores gold tokens after contexts, a batch of examples at a time; `step` rows of logits exist at once."""
-
-    model: torch.nn.Module
-    before_call: Callable[[], object]
-    device: torch.device | str
-    step: int
-
-    def __call__(self, examples: list[Example], contexts: list[list[list[int]]]) -> list[list[Scores]]:
-        """For each of several contexts the scores of each example. Raises NonFiniteError."""
-        self._cached = CachedCausalLM(self.model, self.before_call)
-        self._cached.open([len(example.prompt_ids) + len(example.response_ids) for example in examples])
-        prompts = [Stretch(0, example.prompt_ids, example.response_ids[:1]) for example in examples]
-        first = self._read(prompts)
-        scores = []
-        for texts in contexts:
-            pairs = zip(examples, texts, strict=True)
-            stretches = [Stretch(len(e.prompt_ids), ids[:-1], e.response_ids[1:]) for e, ids in pairs]
-            rest = self._read(stretches) if any(stretch.labels for stretch in stretches) else [_NOTHING] * len(examples)
-            scores.append([_joined(*pair) for pair in zip(first, rest, strict=True)])
-        return scores
-
-    @torch.no_grad()
-    def _read(self, stretches: list[Stretch]) -> list[Scores]:
-        """One call of the model: keys and values of what came before are remembered."""
-        size = (len(stretches), max(len(stretch.ids) for stretch in stretches))
-        tokens = torch.zeros(size, dtype=torch.long)
-        positions, wanted = torch.full(size, -1), torch.zeros(size, dtype=torch.bool)
-        for row, stretch in enumerate(stretches):
-            end = len(stretch.ids)
-            tokens[row, :end] = torch.tensor(stretch.ids, dtype=torch.long)
-            positions[row, :end] = torch.arange(stretch.begin, stretch.begin + end)
-            wanted[row, end - len(stretch.labels) : end] = True
-        labels_N = torch.tensor([label for stretch in stretches for label in stretch.labels], device=self.device)
-        nll, hit = [], []
-
-        def compute(rows_NH: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-            for rows_CH, labels_C in zip(rows_NH.split(self.step), labels_N.split(self.step), strict=True):
-                logits_CV = head(rows_CH)
-                nll.append(F.cross_entropy(logits_CV, labels_C, reduction="none"))
-                hit.append(logits_CV.argmax(-1) == labels_C)
-            return rows_NH.new_zeros(())
-
-        with instead_of_logits(self.model, compute):
-            self._cached(tokens.to(self.device), positions.to(self.device), wanted.to(self.device))
-        nll_N, hit_N = torch.cat(nll).cpu().numpy(), torch.cat(hit).cpu().numpy()
-        if not np.isfinite(nll_N).all():
-            raise NonFiniteError("the NLL of a gold token is not finite")
-        ends = np.cumsum([len(stretch.labels) for stretch in stretches])[:-1]
-        return [Scores(*pair) for pair in zip(np.split(nll_N, ends), np.split(hit_N, ends), strict=True)]
+    trust = where.trust_remote_code
+    resolved = [(model, problems.ask(partial(resolve_model_source, model, trust))) for model in models]
+    if world.any(any(model_source is None for _, model_source in resolved)):
+        problems.ask(lambda: resolve_path(where.data, "--data"))
+        world.together(problems.refuse)
+    found = [(model, model_source) for model, model_source in resolved if model_source is not None]
+    reader, of_reader = next((item for item in found if item[1].recipe), found[0])
+    opened = open_inference(replace(where, model=reader), world, problems)
+    subjects = []
+    for (model, model_source), name in zip(found, unique_names(models), strict=True):
+        inference = opened if model == reader else _same_examples(opened, model, model_source, world)
+        subjects.append(Subject(name, model, inference))
+        if world.is_main and (keys := differing_keys(where, of_reader, model_source)):
+            print(f"{name} was trained with another data.{', data.'.join(keys)} than {reader}, whose is used here")
+    for subject in subjects:
+        world.together(subject.inference.check_responses)
+    base = base_of(found[0][1]) if with_base and len(models) == 1 else None
+    if base is None:
+        return subjects
+    try:
+        inference = _same_examples(opened, base.model.path, base, world)
+    except UserError as error:
+        raise UserError(f"{error}; --no-base leaves the base model out") from None
+    names = unique_names([BASE, *models])
+    return [Subject(BASE, base.model.path, inference), replace(subjects[0], name=names[1])]
 
 
-_NOTHING = Scores(np.zeros(0, np.float32), np.zeros(0, bool))
+def _same_examples(opened: Inference, model: str, model_source: ModelSource, world: World) -> Inference:
+    """Another model for the examples of `opened`. Raises UserError when they would be other tokens for it."""
+    from ssgen_ds.modeling.load import open_model
+
+    other = world.main_first(lambda: open_model(model_source.model, opened.data))
+    if other.chat.fingerprint() != opened.chat.fingerprint():
+        raise UserError(
+            f"--model: {model} has another tokenizer, chat template or end token than {opened.settings.model}: "
+            "their tokens cannot be compared"
+        )
+    settings = replace(opened.settings, model=model)
+    return replace(opened, settings=settings, model_source=model_source, chat=other.chat, config=other.text_config)
 
 
-def _joined(first: Scores, rest: Scores) -> Scores:
-    return Scores(np.concatenate([first.nll_T, rest.nll_T]), np.concatenate([first.hit_T, rest.hit_T]))
+def base_of(model_source: ModelSource) -> ModelSource | None:
+    """What a run or an adapter was trained from. None: that is not known."""
+    from ssgen_ds.inference.model_source import ModelSource
+
+    recipe = model_source.recipe
+    if recipe is None:
+        return None if model_source.adapter is None else ModelSource(model_source.model, notes=model_source.notes)
+    start = recipe.model.adapter_path
+    return ModelSource(recipe.model, adapter=None if start is None else Path(start), recipe=recipe)
+
+
+def unique_names(models: list[str]) -> list[str]:
+    """Short names: a run's folder, a checkpoint's step, a file's stem; in full where two would be equal."""
+    short = [_short_name(model) for model in models]
+    names = [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--model: {twice[0]} is given twice")
+    return names
+
+
+def _short_name(model: str) -> str:
+    path = Path(model)
+    if path.parent.name == CHECKPOINTS_FOLDER:
+        return f"{path.parent.parent.name} {path.name}"
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.exists() else model
+
+
+def differing_keys(where: InferenceSettings, one: ModelSource, other: ModelSource) -> list[str]:
+    """Keys of `data` by which two runs would read other tokens from the same file; none unless both are runs."""
+    if one.recipe is None or other.recipe is None:
+        return []
+    settings = [data_config(where, recipe.data).model_dump() for recipe in (one.recipe, other.recipe)]
+    return [key for key in _TOKEN_KEYS if settings[0][key] != settings[1][key]]
+
+
+def check_examples(subjects: list[Subject]) -> None:
+    """Raise UserError unless every row has a response and fits the positions of every model."""
+    opened = subjects[0].inference
+    missing = [example.id for example, gold in zip(opened.examples, opened.gold_texts, strict=True) if not gold]
+    if missing:
+        raise UserError(
+            f"--data: {len(missing)} of {len(opened.examples)} rows have no response to measure (the first: "
+            f"{missing[0]}); name their column with --reference, or leave these rows out"
+        )
+    lengths = {example.id: len(example.prompt_ids) + len(example.response_ids) for example in opened.examples}
+    longest = max(lengths, key=lengths.__getitem__)
+    for subject in subjects:
+        limit = getattr(subject.inference.config, "max_position_embeddings", None)  # a family trait: some have none
+        if limit is not None and lengths[longest] > limit:
+            raise UserError(
+                f"--data: {longest} has {lengths[longest]} tokens, and {subject.model} {limit} positions: leave out "
+                "what is longer"
+            )
+
+
+def _measure(subject: Subject, how: GapSettings, first: Contexts | None, world: World) -> Measurement:
+    """Load one model, measure it, and free its memory."""
+    ticker, inference = Ticker(world.is_main), subject.inference
+    sampler = inference.load()
+    try:
+        with world.phase("gap"):
+            return measure(
+                sampler, inference.chat, inference.examples, inference.vocab_size, how, first,
+                lambda phase: ticker.at(f"{subject.name}, {phase}:"),
+            )  # fmt: skip
+    finally:
+        del sampler
+        release(world)
+
+
+def release(world: World) -> None:
+    """Free memory for the next model: a model refers to itself in cycles, which only the collector frees."""
+    import torch
+
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _write(
+    subjects: list[Subject],
+    measurements: list[Measurement],
+    how: GapSettings,
+    file: Path,
+    identity: str,
+    began: float,
+) -> dict[str, Any]:
+    from ssgen_ds.evaluate.gap_numbers import gap_result
+    from ssgen_ds.report.gap_figure import save_figure
+    from ssgen_ds.run.files import write_json
+
+    opened = subjects[0].inference
+    models = [(subject.name, subject.model) for subject in subjects]
+    result = gap_result(models, measurements, [example.response_ids for example in opened.examples], how)
+    seconds = round(time.perf_counter() - began, 3)
+    result = {**result, "data": opened.settings.data, "identity": identity, "seconds": seconds}
+    figure = file.with_suffix(FIGURE_SUFFIX)
+    partial = figure.with_name(f"{PARTIAL}{figure.name}")
+    file.parent.mkdir(exist_ok=True)
+    try:
+        save_figure(result, partial)
+        write_json(file, result)
+        partial.replace(figure)
+    finally:
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """Print a table of the gaps, with one row for each model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = result["models"][0]["name"]
+    table = Table(
+        title=f"{result['num_examples']} examples, {result['num_tokens']} gold tokens: NLL in nats and top-1 accuracy, "
+        "after gold and after self-generated tokens",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("", overflow="fold")
+    for column in ("gold", "self", "gap", "95 %", "top-1 gold", "self"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["summary"]:
+        table.add_row(
+            row["model"],
+            f"{row['nll_gold']:.3f}",
+            f"{row['nll_free']:.3f}",
+            f"{row['gap_nll']:.3f}",
+            f"{row['gap_nll_low']:.3f} to {row['gap_nll_high']:.3f}",
+            f"{row['accuracy_gold']:.1%}",
+            f"{row['accuracy_free']:.1%}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for row in result["summary"][1:]:
+        own, shared = (_change(row, key) for key in ("change_gap_nll", "change_gap_nll_shared"))
+        console.print(f"{row['model']}: gap {own} against {first}; on the contexts of {first} {shared}", soft_wrap=True)
+
+
+def _change(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:+.3f} ({row[f'{key}_low']:+.3f} to {row[f'{key}_high']:+.3f})"

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from ssgen_ds.evaluate.gap import FREE, GOLD, GapSettings, Measurement, Scores
-from ssgen_ds.evaluate.statistics import CONFIDENCE, Interval
+from ssgen_ds.evaluate.gap_measure import FREE, GOLD, GapSettings, Measurement, Scores
+from ssgen_ds.metrics.intervals import CONFIDENCE, Interval
 
 RESAMPLES = 2_000  # the ends of an interval then stray by a few percent of its width
 _DIGITS = 6
 
-Sums = tuple[np.ndarray, np.ndarray]  # of each example: a sum over tokens, and how many they are
+Sums = tuple[np.ndarray, np.ndarray]  # for each example: a sum over its tokens, and the number of tokens
 
 
 class Resamples:
-    """How often each resample holds each example."""
+    """How often each resample contains each example."""
 
     def __init__(self, num_examples: int) -> None:
         even = np.full(num_examples, 1 / num_examples)
@@ -46,8 +46,8 @@ def gap_result(
     """All numbers, ready for JSON.
 
     Args:
-        models: name and reference of each; the first is the one that the others are compared with.
-        measurements: of each, in the same order.
+        models: the name of each and what the user gave; the others are compared with the first.
+        measurements: one for each model, in the same order.
         gold: the gold tokens of each example.
     """
     names = [name for name, _ in models]
@@ -102,7 +102,7 @@ def _curve(
 
 
 def _changed(contexts: list[list[int]], gold: list[list[int]]) -> float:
-    """The part of the response tokens that are not the gold ones: a sampled token may be gold."""
+    """The share of response tokens that differ from gold: a sampled token may equal the gold one."""
     pairs = [pair for texts in zip(contexts, gold, strict=True) for pair in zip(*texts, strict=True)]
     return sum(sampled != right for sampled, right in pairs) / len(pairs)
 

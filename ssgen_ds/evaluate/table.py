@@ -1,4 +1,4 @@
-"""What `evaluate` and `compare` print: a table a person reads; scripts read the JSON."""
+"""The tables that `evaluate` and `compare` print for people. Scripts read the JSON."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def print_comparison(result: dict[str, Any]) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; in a file or a pipe wide enough that no row is broken."""
+    """As wide as the terminal. In a file or a pipe it is wide enough that no row is broken."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)
 

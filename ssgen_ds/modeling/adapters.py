@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssgen_ds.distributed.device_errors import is_device_error
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.gather import full_shape
+from ssgen_ds.modeling.damaged_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, damaged_weights, read_json
+from ssgen_ds.modeling.gather import full_shape, is_first_rank
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-    from ssgen_ds.config import AdapterConfig
+    from ssgen_ds.recipe.schema import AdapterConfig
+
+logger = logging.getLogger(__name__)
 
 
 def apply_adapter(
@@ -25,26 +31,86 @@ def apply_adapter(
     already partitioned.
 
     Raises:
-        UserError: no such target modules (the message lists those there are), or no adapter at `adapter_path`.
+        UserError: no such target modules (the message lists those there are), no adapter at `adapter_path`, or one of
+            another base.
     """
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if adapter_path is not None:
-        read_adapter_config(adapter_path)
-        adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=True, autocast_adapter_dtype=False)
-        return _in_dtype(adapted, adapter_config)
+        return _in_dtype(_load_adapter(model, adapter_path), adapter_config)
     _check_targets(model, adapter_config.target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter_config.rank,
         lora_alpha=adapter_config.alpha,
         lora_dropout=adapter_config.dropout,
-        target_modules=adapter_config.target_modules,
+        target_modules=_targets(model, adapter_config.target_modules),
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # peft draws on the CPU; torch.manual_seed would touch CUDA too
-        return _in_dtype(get_peft_model(model, lora, autocast_adapter_dtype=False), adapter_config)
+        there = ", ".join(linear_names(model))  # before peft renames some
+        try:
+            adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        except ValueError as error:  # a norm, or a block of several modules
+            what = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"adapter.target_modules: peft cannot adapt all of them: {what} ...; there are {there}"
+            ) from None
+        return _in_dtype(adapted, adapter_config)
+
+
+def _load_adapter(model: torch.nn.Module, path: str) -> PeftModel:
+    from peft import PeftModel
+
+    read_adapter_config(path)
+    refuse_damaged_adapter(path)
+    try:
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True, autocast_adapter_dtype=False)
+        # Once more, for what it says of the tensors: `from_pretrained` only warns of those that are missing.
+        found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=True, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError) as error:
+        if is_device_error(error):
+            raise
+        raise UserError(f"model.adapter_path: {path} does not fit {model.name_or_path}: {error}") from error
+    for what, names in (("lacks", found.missing_keys), ("has no place for", found.unexpected_keys)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            whose = path if what == "lacks" else model.name_or_path
+            raise UserError(
+                f"model.adapter_path: {path} does not fit {model.name_or_path}: {whose} {what} {sorted(names)[0]}{more}"
+            )
+    return adapted
+
+
+def _targets(model: torch.nn.Module, asked: str | list[str]) -> str | list[str]:
+    """What peft is asked to adapt. Of a mixture of experts `all-linear` is every Linear but the head and the routers.
+
+    peft would add the fused experts and the router, as parameters: routing is nobody's to change unasked, and ZeRO-3
+    cannot compute with them.
+    """
+    blocks = [(name, module) for name, module in model.named_modules() if "experts" in dict(module.named_children())]
+    if asked != "all-linear" or not blocks:
+        return asked
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    routers = {
+        name.rpartition(".")[2]
+        for _, block in blocks
+        for name, _ in block.named_modules()
+        if name.partition(".")[0].endswith(("gate", "router"))
+    }
+    kept = LoraConfig(target_modules=sorted(set(linear_names(model)) - routers))
+    convert_peft_config_for_transformers(kept, model, None)  # takes out the names that stand for experts in peft
+    names = sorted(kept.target_modules)
+    if is_first_rank():
+        logger.warning(
+            "adapter.target_modules=all-linear: a mixture of experts: %s are adapted; routers and experts stay as "
+            "they are",
+            ", ".join(names),
+        )
+    return names
 
 
 def _in_dtype(adapted: PeftModel, adapter_config: AdapterConfig) -> PeftModel:
@@ -62,19 +128,23 @@ def read_adapter_config(path: str) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter folder.
 
     Raises:
-        UserError: no such folder, not an adapter, or no weights in it.
+        UserError: no such folder, not an adapter, no weights in it, or adapter_config.json is damaged.
     """
-    import json
-
     folder = Path(path)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"model.adapter_path: {path} is no adapter folder: it has no adapter_config.json")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+    if not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, "adapter_model.bin")):
         raise UserError(f"model.adapter_path: {path} has no adapter weights (adapter_model.safetensors)")
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return read_json(folder / ADAPTER_CONFIG)
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
+def refuse_damaged_adapter(path: str) -> None:
+    """Whether its weights are as long as they say. Raises UserError."""
+    if problems := damaged_weights(Path(path)):
+        raise UserError.from_list(f"model.adapter_path: cannot load {path}", problems)
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
     """Last name components of the modules that LoRA can adapt, output head left out: `["down_proj", ...]`."""
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ssgen_ds.distributed.device_errors import is_device_error
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.packed import attention_function, attention_replaced, layer_kinds
 from ssgen_ds.modeling.project import project_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _PACKED = "ssgen_packed"  # name of the attention function while a call runs
 
@@ -30,7 +35,7 @@ class _Slots:
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity = rows, capacity
-        self.width = 0  # of the padded queries
+        self.width = 0  # width of the padded queries
         self.kv_length = 0
         self.rows_N = self.columns_N = self.slots_N = torch.empty(0, dtype=torch.long)
 
@@ -80,14 +85,14 @@ class _PositionLayer(CacheLayerMixin):
 
 
 class CachedCausalLM:
-    """Implements `selfgen.fixed_point.CachedModel` over a causal LM in eval mode.
+    """Implements `sampler.fixed_point.CachedModel` over a causal LM in eval mode.
 
     Args:
         model: the (possibly PEFT-wrapped, possibly ZeRO-3 partitioned) module; called as it is.
         before_call: runs before every forward; ranks use it to agree that one more call follows.
     """
 
-    def __init__(self, model: torch.nn.Module, before_call: Callable[[], object] = lambda: None):
+    def __init__(self, model: PreTrainedModel, before_call: Callable[[], object] = lambda: None):
         self.model = model
         self.config = model.config.get_text_config()
         self.before_call = before_call
@@ -161,11 +166,15 @@ class CachedCausalLM:
 
 
 @torch.no_grad()
-def check_cache(model: torch.nn.Module) -> None:
+def check_cache(model: PreTrainedModel, longest: int | None = None) -> None:
     """Refuse a model that does not give the same logits through the cache as in one plain forward.
 
     Some architectures build their own mask or positions and ignore ours; remote code may do anything. Two short ragged
-    rows, fed in pieces of different lengths, show it. Under ZeRO-3 every rank must call this.
+    rows, fed in pieces of different lengths, show it; and one row beside a token at the last position that the run may
+    use, where rotary factors that depend on the longest row would change it. Under ZeRO-3 every rank must call this.
+
+    Args:
+        longest: tokens of the longest sequence that the run may have; None where that is not known.
 
     Raises:
         UserError: naming the model type.
@@ -185,14 +194,46 @@ def check_cache(model: torch.nn.Module) -> None:
             positions[row, : end - begin] = positions_BL[row, begin:end]
         try:
             logits = cached(tokens, positions, positions >= 0).float()
-        except (RuntimeError, IndexError, TypeError, ValueError):  # an attention of its own, which ours did not reach
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # an attention that ours did not reach
+            if is_device_error(error):
+                raise
             pieces.append(float("inf"))
             break
         wanted = torch.cat([expected[row, begins[row] : ends[row]] for row in range(2)]).float()
         pieces.append(((logits - wanted).norm() / wanted.norm()).item())
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if longest is not None and longest > tokens_BL.shape[1]:
+        _check_neighbour(model, tokens_BL[0], expected[0], longest, tolerance)
     if not max(pieces) < tolerance:
         raise UserError(
             f"model.path: models of type {config.model_type} compute something else from a cache than from the whole "
             f"text (off by {max(pieces):.1e}), so self-generation would be wrong; method.name=sft works with it"
         )
+
+
+def _check_neighbour(
+    model: PreTrainedModel, tokens_L: torch.Tensor, expected_LV: torch.Tensor, longest: int, tolerance: float
+) -> None:
+    """Refuse a model in which a row's logits depend on how long another row of the same call is."""
+    positions_L = torch.arange(len(tokens_L) + 1, device=tokens_L.device)
+    positions_L[-1] = longest - 1
+    beside_L = torch.cat([tokens_L, tokens_L[:1]])
+    found_LV = model(input_ids=beside_L[None], position_ids=positions_L[None], use_cache=False).logits[0, :-1]
+    difference = ((found_LV.float() - expected_LV.float()).norm() / expected_LV.float().norm()).item()
+    if not difference < tolerance:
+        raise UserError(
+            f"model.path: models of type {model.config.get_text_config().model_type} compute a short text otherwise "
+            f"beside one of {longest} tokens (off by {difference:.1e}), so self-generation would depend on the batch; "
+            "lower data.max_prompt_tokens, data.max_response_tokens and method.rac.max_draft_tokens"
+        )
+
+
+@contextmanager
+def inference_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no gradient checkpointing) inside, what it was before outside."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -13,23 +13,21 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from ssgen_ds.data.paths import new_folder
 from ssgen_ds.errors import EXIT_USER_ERROR, UserError
+from ssgen_ds.recipe.user_paths import cache_root
+from ssgen_ds.run.files import set_modes
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "200MB"  # small shards: a reader maps one at a time
+WRITER = 2  # version of the cached files; older ones did not refuse checkpoints that lack tensors
 _ERROR_MARK = "conversion refused: "
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: $SSGEN_CACHE, else ~/.cache/ssgen-ds."""
-    return Path(os.environ.get("SSGEN_CACHE") or Path.home() / ".cache" / "ssgen-ds")
 
 
 def convert_once(folder: Path, what: str, function: str, *arguments: str) -> bool:
@@ -43,7 +41,7 @@ def convert_once(folder: Path, what: str, function: str, *arguments: str) -> boo
         folder: appears only when it is complete.
         what: what is converted, for messages.
         function: `module:name`, called in a process of its own: in a process group transformers saves on rank 0 only,
-            and whoever got the lock may be another rank.
+            and another rank may have got the lock.
 
     Raises:
         UserError: the function refuses its input, or the cache cannot be written.
@@ -80,11 +78,11 @@ def _run_child(what: str, *arguments: str) -> None:
 def _child(function: str, folder: str, *arguments: str) -> None:
     """Convert into a temporary sibling, then rename."""
     final = Path(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    temporary = new_folder(final.parent, f".{final.name}-")
     module, _, name = function.partition(":")
     try:
         getattr(import_module(module), name)(*arguments, temporary)
-        temporary.chmod(0o755)
+        set_modes(temporary)
         temporary.rename(final)
     except UserError as error:
         sys.stderr.write(f"{_ERROR_MARK}{error}")
@@ -101,10 +99,10 @@ def convert_checkpoint(path: str, revision: str | None, trust_remote_code: bool)
     """
     import transformers
 
-    stamp = f"{path}\n{revision}\n{transformers.__version__}\n"
+    stamp = f"{path}\n{revision}\n{transformers.__version__}\n{WRITER}\n"
     if Path(path).is_dir():
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(path).iterdir())]
-        stamp = f"{Path(path).resolve()}\n{stats}\n{transformers.__version__}\n"
+        stamp = f"{Path(path).resolve()}\n{stats}\n{transformers.__version__}\n{WRITER}\n"
     digest = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     folder = cache_root() / f"{Path(path).name}-{digest}"
     arguments = (path, revision or "", str(int(trust_remote_code)))
@@ -115,9 +113,12 @@ def convert_checkpoint(path: str, revision: str | None, trust_remote_code: bool)
 
 def write_checkpoint(path: str, revision: str, trust_remote_code: str, folder: Path) -> None:
     """Load by transformers in the stored dtype and save without turning its conversions back."""
-    from transformers import AutoModelForCausalLM
+    from ssgen_ds.modeling.fit import load_fitting
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, revision=revision or None, trust_remote_code=trust_remote_code == "1", dtype="auto"
-    )
+    try:
+        model = load_fitting(
+            path, path, revision=revision or None, trust_remote_code=trust_remote_code == "1", dtype="auto"
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path: cannot load {path}: {error}") from error
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE, save_original_format=False)

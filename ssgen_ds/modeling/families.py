@@ -6,12 +6,14 @@ position, and token positions that come from `position_ids`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ssgen_ds.errors import UserError
+from ssgen_ds.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from ssgen_ds.recipe.schema import Recipe
 
 ENCODERS = frozenset((
     "albert", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
@@ -33,7 +35,16 @@ CUTTABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention",
 _WORKS = "Decoder-only transformers such as Llama, Qwen2/3, Mistral, Gemma, GPT-2, GPT-NeoX, OLMo and Mixtral work."
 
 
-def check(config: PreTrainedConfig, uses_selfgen: bool) -> None:
+def check_trainable(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Whether the family can be trained as the recipe wants it. Raises UserError with every reason."""
+    problems = Problems()
+    problems.ask(lambda: check_family(config, recipe.generates))
+    if recipe.data.packing:
+        problems.ask(lambda: check_packing(config))
+    problems.refuse()
+
+
+def check_family(config: PreTrainedConfig, uses_selfgen: bool) -> None:
     """Refuse what cannot be trained, naming the family, the reason and what would work.
 
     Args:
@@ -46,6 +57,32 @@ def check(config: PreTrainedConfig, uses_selfgen: bool) -> None:
     reasons = _not_causal(config) or (_not_cuttable(config) if uses_selfgen else [])
     if reasons:
         raise UserError.from_list(f"model.path: models of type {config.model_type} are not supported here", reasons)
+
+
+def refuse_quantized(config: PreTrainedConfig, path: str) -> None:
+    """Refuse a base whose weights are stored in 8 bits or fewer: it could neither be partitioned nor merged into.
+
+    Raises:
+        UserError: naming the method, as config.json has it.
+    """
+    # What transformers keeps of config.json where it has such an entry; plain models have no such attribute.
+    found = vars(config).get("quantization_config") or vars(config.get_text_config()).get("quantization_config")
+    if not found:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    raise UserError(
+        f"model.path: {path} is already quantised (config.json, quantization_config: {_method(settings)}). Name the "
+        "checkpoint that it was made from; where memory is short, quantization.kind=nf4 quantises that one as it loads"
+    )
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """`gptq, 4 bits`, in the words of config.json."""
+    method = str(settings.get("quant_method", "unknown method"))
+    for key, bits in (("load_in_4bit", 4), ("load_in_8bit", 8), ("bits", settings.get("bits"))):
+        if settings.get(key):
+            return f"{method}, {bits} bits"
+    return method
 
 
 def check_packing(config: PreTrainedConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def full_shape(parameter: torch.Tensor) -> torch.Size:
+def full_shape(parameter: Any) -> torch.Size:
     """The parameter's shape, partitioned or not."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
@@ -62,8 +62,8 @@ def full_state_dict(module: torch.nn.Module, trainable_only: bool = False) -> di
     Tied names share one tensor, as in `state_dict`. Peak extra memory of the other ranks: one parameter.
     """
     keep = is_first_rank()
-    copies: dict[int, torch.Tensor | None] = {}
-    state: dict[str, torch.Tensor | None] = {}
+    copies: dict[int, Any] = {}  # tensors on rank 0, None elsewhere
+    state: dict[str, Any] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if trainable_only and not tensor.requires_grad:
             continue

@@ -9,74 +9,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.distributed.device_errors import is_device_error
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.gguf import convert_gguf
+from ssgen_ds.modeling.damaged_files import damaged_json, damaged_weights
+from ssgen_ds.modeling.families import refuse_quantized
+from ssgen_ds.modeling.fit import load_fitting
+from ssgen_ds.modeling.model_path import ModelPath, resolve_model_path
+from ssgen_ds.recipe.schema import DataConfig
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssgen_ds.config import AdapterConfig, ModelConfig, QuantizationConfig
+    from ssgen_ds.recipe.schema import AdapterConfig, ModelConfig, QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where transformers finds the model: `path` is a folder or a hub id."""
-
-    path: str
-    revision: str | None = None
-
-
-def resolve_model_path(path: str, revision: str | None = None) -> ModelSource:
-    """Hub id, folder, `*.gguf` file or `package:MODULE/file` -> what transformers loads. GGUF files are converted once.
-
-    Raises:
-        UserError: no such file or folder, or a folder that is no model (the message says what it is).
-    """
-    original = path
-    if path.startswith("package:"):
-        from ssgen_ds.data.paths import resolve_package_path
-
-        path = resolve_package_path(path)
-    if path.endswith(".gguf"):
-        return ModelSource(str(convert_gguf(Path(path).expanduser())))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return ModelSource(str(folder))
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model.path: {original} is an adapter: name its base here, and it in model.adapter_path")
-        raise UserError(f"model.path: {original} is no model folder: it has no config.json")
-    if folder.is_absolute() or path.startswith(("./", "../", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path: {original}: no such file or folder")
-    return ModelSource(path, revision)
-
-
-def split_adapter(path: str) -> tuple[str, str | None]:
-    """(base model, adapter folder) of an adapter folder; (path, None) of anything else.
-
-    Raises:
-        UserError: an adapter that does not name its base.
-    """
-    from ssgen_ds.modeling.adapters import read_adapter_config
-
-    if not (Path(path) / "adapter_config.json").is_file() or (Path(path) / "config.json").is_file():
-        return path, None
-    base = read_adapter_config(path)["base_model_name_or_path"]
-    if not base:
-        raise UserError(f"{path}: adapter_config.json names no base_model_name_or_path")
-    return base, path
-
-
 @contextmanager
-def _loading_errors(path: str) -> Iterator[None]:
-    """What transformers says about a wrong path, revision or setting, as one message naming the field."""
+def _loading_errors(shown: str, folder: str, files: str = "") -> Iterator[None]:
+    """What the libraries say about a wrong path, revision, setting or file, as one message naming the field.
+
+    Args:
+        shown: the model as the user calls it.
+        folder: where it is; a damaged file in it is named.
+        files: all that is read; then any error comes from what is in them.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: cannot load {path}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if is_device_error(error):
+            raise
+        if problems := damaged_json(Path(folder)):
+            raise UserError.from_list(f"model.path: cannot load {shown}", problems) from error
+        if not isinstance(error, OSError | ValueError | ImportError):
+            if not files:
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"model.path: cannot load {files} of {shown}, is it damaged? {what}") from error
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = (
+                "\nThe model brings code of its own. Read it; if you trust it, set model.trust_remote_code=true to "
+                "train, and give --trust-remote-code to the other commands"
+            )
+        raise UserError(f"model.path: cannot load {shown}: {error}{hint}") from error
 
 
 def load_tokenizer(model_config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -88,7 +69,7 @@ def load_tokenizer(model_config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = resolve_model_path(model_config.path, model_config.revision)
-    with _loading_errors(model_config.path):
+    with _loading_errors(model_config.path, source.path, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model_config.trust_remote_code
         )
@@ -100,14 +81,20 @@ def load_tokenizer(model_config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(model_config: ModelConfig) -> PreTrainedConfig:
-    """The model's configuration, without its weights. Raises UserError when there is none."""
+    """The model's configuration, without its weights.
+
+    Raises:
+        UserError: there is none, or the weights are already quantised.
+    """
     from transformers import AutoConfig
 
     source = resolve_model_path(model_config.path, model_config.revision)
-    with _loading_errors(model_config.path):
-        return AutoConfig.from_pretrained(
+    with _loading_errors(model_config.path, source.path, "config.json"):
+        config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model_config.trust_remote_code
         )
+    refuse_quantized(config, model_config.path)
+    return config
 
 
 def resolve_dtype(model_config: ModelConfig, device: torch.device | str) -> torch.dtype:
@@ -126,22 +113,27 @@ def load_model(
     *,
     device: torch.device | str,
     quantization: QuantizationConfig | None = None,
+    control: dist.ProcessGroup | None = None,
 ) -> PreTrainedModel:
     """The base model (`apply_adapter` adds the adapter), in eval mode, ready for `deepspeed.initialize`.
 
     Args:
         ds_config: the DeepSpeed configuration; at ZeRO stage 3 parameters are partitioned as they are read, and every
             rank must call this. An empty one loads a plain model.
-        device: where a model that is not partitioned goes.
+        device: where it goes; of a model that is partitioned, its partitions and buffers.
+        control: the group on which ranks wait for rank 0 (`World.control`), needed at ZeRO stage 3.
         quantization: of the Linear layers but the output head; None for none.
 
     Attention `auto` leaves the choice to transformers: SDPA where the model allows it, eager where not (Gemma 2).
     `use_cache` is off in the model's configuration; generation passes its own cache.
 
     Raises:
-        UserError: no such model, or it does not support the attention asked for.
+        UserError: no such model, its tensors are not the model's, or it does not support the attention asked for.
     """
+    load_config(model_config)  # refuses before weights are read
     source = resolve_model_path(model_config.path, model_config.revision)
+    if Path(source.path).is_dir() and (problems := damaged_weights(Path(source.path))):
+        raise UserError.from_list(f"model.path: cannot load {model_config.path}", problems)
     kwargs: dict[str, Any] = {
         "dtype": resolve_dtype(model_config, device),
         "trust_remote_code": model_config.trust_remote_code,
@@ -153,11 +145,11 @@ def load_model(
 
         settings = nf4_settings(quantization.double, kwargs["dtype"])
     zero3 = bool(ds_config) and ds_config["zero_optimization"]["stage"] == 3
-    with _loading_errors(model_config.path):
+    with _loading_errors(model_config.path, source.path):
         if zero3:
-            model = _load_zero3(model_config, source, ds_config, kwargs, settings)
+            model = _load_zero3(model_config, source, ds_config, kwargs, settings, device, control)
         else:
-            model = _load_whole(source, kwargs, settings, device).to(device)
+            model = _load_whole(source, model_config.path, kwargs, settings, device).to(device)
     model.config.use_cache = False
     if model_config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -168,36 +160,44 @@ def load_model(
 
 
 def _load_whole(
-    source: ModelSource,
+    source: ModelPath,
+    shown: str,
     kwargs: dict[str, Any],
     settings: BitsAndBytesConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    import torch
 
-    if settings is None:
-        return AutoModelForCausalLM.from_pretrained(source.path, revision=source.revision, **kwargs)
-    from ssgen_ds.modeling.nf4 import adopt
+    if settings is not None:
+        kwargs = {**kwargs, "quantization_config": settings}
+    if settings is not None or torch.device(device).type != "cpu":
+        # Tensor by tensor to the device: the host would hold the whole model once for each rank.
+        kwargs = {**kwargs, "device_map": {"": device}}
+    model = load_fitting(source.path, shown, revision=source.revision, **kwargs)
+    if settings is not None:
+        from ssgen_ds.modeling.nf4 import adopt
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path, revision=source.revision, quantization_config=settings, device_map={"": device}, **kwargs
-    )
-    adopt(model)
+        adopt(model)
     return model
 
 
 def _load_zero3(
     model_config: ModelConfig,
-    source: ModelSource,
+    source: ModelPath,
     ds_config: dict[str, Any],
     kwargs: dict[str, Any],
     settings: BitsAndBytesConfig | None,
+    device: torch.device | str,
+    control: dist.ProcessGroup | None,
 ) -> PreTrainedModel:
     from transformers import GenerationConfig
 
-    from ssgen_ds.modeling.zero3 import load_partitioned, transformers_partitions
+    from ssgen_ds.modeling.zero3 import load_partitioned, move_buffers, transformers_partitions
 
-    model = load_partitioned(load_config(model_config), source.path, source.revision, ds_config, settings, **kwargs)
+    model = load_partitioned(
+        load_config(model_config), source.path, source.revision, ds_config,
+        device=device, control=control, settings=settings, **kwargs,
+    )  # fmt: skip
     if model is None:
         if settings is not None:
             raise UserError(
@@ -206,7 +206,9 @@ def _load_zero3(
             )
         logger.info("%s: its tensors do not match the model's; loading through transformers", model_config.path)
         with transformers_partitions(ds_config):
-            return _load_whole(source, kwargs)
+            model = _load_whole(source, model_config.path, kwargs)
+        move_buffers(model, device)
+        return model
     with suppress(OSError):  # a checkpoint need not have one; the model's configuration has given it its own
         model.generation_config = GenerationConfig.from_pretrained(source.path, revision=source.revision)
     return model
@@ -223,3 +225,36 @@ def set_leaf_modules(model: torch.nn.Module) -> list[str]:
 
         set_z3_leaf_modules(model, list(blocks))
     return sorted(block.__name__ for block in blocks)
+
+
+def generation_stops(config: Any) -> list[int]:
+    """End-of-sequence ids that the model's configuration names; one, several or none."""
+    stops = config.get_text_config().eos_token_id
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What is known of a model before its weights: how it reads and writes, and its configuration."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    chat: ChatFormat
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the part that reads text; of most models it is the whole."""
+        return self.config.get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits; the tokenizer may know fewer tokens."""
+        return self.text_config.vocab_size
+
+
+def open_model(model: ModelConfig, data: DataConfig) -> OpenedModel:
+    """Open a model as far as that needs no weights. Raises UserError for the first thing that is wrong."""
+    config = load_config(model)
+    tokenizer = load_tokenizer(model)
+    chat = ChatFormat(tokenizer, data, generation_stops(config), config.get_text_config().vocab_size)
+    return OpenedModel(tokenizer, config, chat)

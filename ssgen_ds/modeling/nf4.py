@@ -49,7 +49,7 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: QuantState, bias: torch.Tensor | None) -> Any:
-        ctx.weight, ctx.state = weight, state  # the parameter, no view of it: ZeRO-3 empties and refills it
+        ctx.weight, ctx.state = weight, state  # the parameter itself, not a view: ZeRO-3 empties and refills it
         return F.linear(x, dequantize(weight, state), bias)
 
     @staticmethod
@@ -58,7 +58,7 @@ class _Matmul(torch.autograd.Function):
 
 
 class Nf4Linear(bnb.nn.Linear4bit):
-    """Same parameters as bitsandbytes' layer; `whole` is its weight dequantised, while somebody holds it so."""
+    """Same parameters as bitsandbytes' layer. `whole` is its dequantised weight while that is kept, else None."""
 
     whole: torch.Tensor | None = None
 
@@ -91,7 +91,11 @@ def adopt(model: PreTrainedModel) -> None:
 
 
 def quantize_and_share(
-    weight: torch.Tensor | None, like: bnb.nn.Params4bit, layer: Nf4Linear, device: torch.device | str
+    weight: torch.Tensor | None,
+    like: bnb.nn.Params4bit,
+    layer: Nf4Linear,
+    device: torch.device | str,
+    control: dist.ProcessGroup | None,
 ) -> bnb.nn.Params4bit:
     """A quantised parameter on every rank: its scales are whole, its codes those of rank 0 and empty elsewhere.
 
@@ -100,6 +104,7 @@ def quantize_and_share(
     Args:
         weight: on rank 0 the weight to quantise, in the dtype to compute in; None elsewhere.
         like: the parameter without values whose place it takes.
+        control: the group on which objects travel.
     """
     box: list[Any] = [None]
     if weight is not None:
@@ -110,14 +115,20 @@ def quantize_and_share(
             quant_type=like.quant_type,
             quant_storage=like.quant_storage,
         ).to(device)
-        box = [(tuple(made.shape), made.quant_state.as_dict(packed=True))]
-    dist.broadcast_object_list(box, src=0)
+        # On the host: a pickled CUDA tensor would be made again on every rank's first GPU, and stay there.
+        box = [(tuple(made.shape), on_host(made.quant_state.as_dict(packed=True)))]
+    dist.broadcast_object_list(box, src=0, group=control)
     shape, state = box[0]
     codes = torch.empty(shape, dtype=like.quant_storage, device=device) if weight is None else made.data
     return bnb.nn.Params4bit.from_prequantized(codes, state, device=device, module=layer)
 
 
-def dequantized_bytes(model: torch.nn.Module) -> int:
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a packed quantisation state, on the CPU."""
+    return {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
+
+
+def dequantized_bytes(model: PreTrainedModel) -> int:
     """What `dequantized` takes."""
     return sum(torch.Size(layer.weight.quant_state.shape).numel() * model.dtype.itemsize for layer in nf4_layers(model))
 
@@ -143,7 +154,8 @@ def dequantize_model(model: PreTrainedModel) -> PreTrainedModel:
         weight = dequantize(layer.weight, layer.weight.quant_state)
         is_conv = layer.source_cls is Conv1D
         with torch.device("meta"):
-            plain = Conv1D(*weight.shape) if is_conv else torch.nn.Linear(*reversed(weight.shape), bias=False)
+            columns, rows = weight.shape[1], weight.shape[0]
+            plain = Conv1D(rows, columns) if is_conv else torch.nn.Linear(columns, rows, bias=False)
         plain.weight = torch.nn.Parameter(weight.T.contiguous() if is_conv else weight, requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)

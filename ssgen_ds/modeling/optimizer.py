@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ssgen_ds.config import TrainConfig
-from ssgen_ds.ds_config import offloads_optimizer
 from ssgen_ds.modeling.adapters import param_groups
+from ssgen_ds.recipe.deepspeed import offloads_optimizer
+from ssgen_ds.recipe.schema import TrainConfig
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
@@ -17,7 +17,7 @@ def build_optimizer(model: torch.nn.Module, train: TrainConfig, ds_config: dict[
     Paged moments leave the GPU when it needs the room; on a CPU they are the same as unpaged.
     """
     groups = param_groups(model, train.weight_decay)
-    adam = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    adam: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer != "adamw":
         import bitsandbytes as bnb
 

@@ -9,46 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_NAME = "ssgen_padding_free"  # of the attention function while a forward runs
+from ssgen_ds.data.window import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the N tokens of a packed row lie in a padded batch [B, L]: at `row * L + position`."""
-
-    rows: int
-    width: int
-    slots_N: torch.Tensor
-    positions_1N: torch.Tensor
-
-    def to_padded(self, packed_1HND: torch.Tensor) -> torch.Tensor:
-        """[1, heads, N, D] -> [B, heads, L, D], zeros where there is no token."""
-        _, heads, _, size = packed_1HND.shape
-        flat_SHD = _Scatter.apply(packed_1HND[0].transpose(0, 1), self.slots_N, self.rows * self.width)
-        return flat_SHD.view(self.rows, self.width, heads, size).transpose(1, 2)
-
-    def to_packed(self, padded_BLHD: torch.Tensor) -> torch.Tensor:
-        """[B, L, heads, D] -> [1, N, heads, D]."""
-        return padded_BLHD.flatten(0, 1).index_select(0, self.slots_N)[None]
-
-
-class _Scatter(torch.autograd.Function):
-    """Rows [N, ...] to their slots of [S, ...]. torch's own index_copy would keep the rows for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, slots_N: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.slots_N = slots_N
-        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, slots_N, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient.index_select(0, ctx.slots_N), None, None
+_NAME = "ssgen_padding_free"  # name of the attention function while a forward runs
 
 
 def attention_function(implementation: str, module: torch.nn.Module) -> Any:
@@ -72,7 +44,7 @@ def attention_replaced(config: Any, name: str, function: Callable[..., Any]) -> 
 
 
 @contextmanager
-def packed_attention(model: torch.nn.Module, layout: Layout | None) -> Iterator[dict[str, Any]]:
+def packed_attention(model: PreTrainedModel, layout: Layout | None) -> Iterator[dict[str, Any]]:
     """Inside, the model's attention works on the rows of the layout; yields what its forward must be called with.
 
     Nothing happens for None.
@@ -111,7 +83,7 @@ def layer_kinds(config: Any) -> tuple[list[str], int | None]:
 def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | dict[str, torch.Tensor]:
     """[1, 1, L, L] for all rows: padding comes last, and what it attends to is dropped.
 
-    A mask of one element stands for none: sdpa then takes its causal kernels, which need no mask.
+    A mask of one element means no mask: sdpa then takes its causal kernels, which need no mask.
     """
     kinds, window = layer_kinds(config)
     columns_L = torch.arange(layout.width, device=layout.slots_N.device)
@@ -119,7 +91,7 @@ def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | di
     def mask(kind: str) -> torch.Tensor:
         seen_LL = columns_L <= columns_L[:, None]
         narrow = kind == "sliding_attention" and window is not None and window < layout.width
-        if narrow:
+        if narrow and window is not None:
             seen_LL &= columns_L > columns_L[:, None] - window
         if config._attn_implementation == "eager":
             hidden = torch.zeros_like(seen_LL, dtype=dtype).masked_fill(~seen_LL, torch.finfo(dtype).min)

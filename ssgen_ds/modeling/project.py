@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def project_only(model: torch.nn.Module, wanted_BL: torch.Tensor) -> Iterator[None]:
+def project_only(model: PreTrainedModel, wanted_BL: torch.Tensor) -> Iterator[None]:
     """Within it the model's own forward returns logits [1, N, V] for the N True positions of `wanted_BL`, row by row.
 
     The rows are picked in front of the output embedding and the model's forward does the rest: calling the projection
@@ -32,13 +36,13 @@ def project_only(model: torch.nn.Module, wanted_BL: torch.Tensor) -> Iterator[No
 
 @contextmanager
 def instead_of_logits(
-    model: torch.nn.Module, compute: Callable[[torch.Tensor, Head, list[torch.nn.Parameter]], torch.Tensor]
+    model: PreTrainedModel, compute: Callable[[torch.Tensor, Head, list[torch.nn.Parameter]], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
     """Within it a forward of the model computes `compute(hidden, head, parameters)` where it would compute logits.
 
     hidden is [B * L, H], head maps any rows of it to logits in float32, parameters are those of the head. The
     result is a scalar; it comes out in the list that this yields, through the hooks of the output embedding: ZeRO-3
-    gathers its weights by them. The model goes on with a zero in the place of its logits.
+    gathers its weights by them. The model continues with a zero in place of its logits.
     """
     projection = model.get_output_embeddings()
     project, transform = projection.forward, logit_transform(model.config.get_text_config())

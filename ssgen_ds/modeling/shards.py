@@ -15,10 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+ZeroParameter = Any  # a torch.nn.Parameter with the attributes that DeepSpeed adds: ds_numel, ds_shape, ds_tensor, ...
 
 
 @dataclass(eq=False)
@@ -26,7 +32,7 @@ class Unit:
     """Parameters that are needed, gathered and released together."""
 
     module: torch.nn.Module
-    parameters: list[torch.nn.Parameter]
+    parameters: list[ZeroParameter]
     waits: list[Any] | None = None  # handles of a gather under way; None: none was started
 
 
@@ -38,7 +44,7 @@ class Shards:
         offload: what holds DeepSpeed's hooks (`engine.optimizer.parameter_offload`); None without an engine.
     """
 
-    def __init__(self, module: torch.nn.Module, offload: Any | None):
+    def __init__(self, module: PreTrainedModel, offload: Any | None):
         self.module = module
         self._offload = offload
         self._units = _units(module)
@@ -48,11 +54,11 @@ class Shards:
                 uses[id(parameter)] = uses.get(id(parameter), 0) + 1
         self._shared = {key for key, count in uses.items() if count > 1}  # tied: kept to the end of a forward
         self._order: list[Unit] = []  # in which a forward uses them; recorded by the first one
-        self._held: list[torch.nn.Parameter] = []  # gathered here, to be released here
+        self._held: list[ZeroParameter] = []  # gathered here, to be released here
 
     @property
     def total_bytes(self) -> int:
-        """Of all parameters when whole."""
+        """Bytes of all parameters when they are whole."""
         distinct = {id(p): p for unit in self._units for p in unit.parameters}
         return sum(p.ds_numel * p.element_size() for p in distinct.values())
 
@@ -157,7 +163,7 @@ class Shards:
         mine = {id(p) for p in unit.parameters} - self._shared
         self._release([p for p in self._held if id(p) in mine])
 
-    def _release(self, parameters: list[torch.nn.Parameter]) -> None:
+    def _release(self, parameters: list[ZeroParameter]) -> None:
         gone = {id(p) for p in parameters}
         for parameter in parameters:
             parameter.partition()
@@ -185,11 +191,16 @@ class Shards:
                 hooks.update(whole[key])
 
 
+def _num_elements(module: torch.nn.Module) -> int:
+    parameters: list[ZeroParameter] = list(module.parameters())
+    return sum(parameter.ds_numel for parameter in parameters)
+
+
 def _units(module: torch.nn.Module) -> list[Unit]:
     """Decoder layers (the children of the longest module list that owns parameters) and what lies outside of them."""
     lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
     # The outermost list with the most parameters: experts lie in lists, too, but inside a layer.
-    layers = max(lists, key=lambda m: sum(p.ds_numel for p in m.parameters()), default=None)
+    layers = max(lists, key=_num_elements, default=None)
     units = [] if layers is None else [Unit(layer, list(layer.parameters())) for layer in layers]
     inside = {id(m) for unit in units for m in unit.module.modules()}
     for other in module.modules():
@@ -199,7 +210,7 @@ def _units(module: torch.nn.Module) -> list[Unit]:
     return [unit for unit in units if unit.parameters]
 
 
-def _is_plain(parameter: torch.nn.Parameter) -> bool:
+def _is_plain(parameter: ZeroParameter) -> bool:
     """A shard in CPU memory, as it is in the model: gloo can gather it straight into the whole parameter.
 
     Quantised, secondary (hpZ) or NVMe shards, and accelerators, where one launch for many parameters counts, are
@@ -215,7 +226,7 @@ def _is_plain(parameter: torch.nn.Parameter) -> bool:
     )
 
 
-def _gather(parameter: torch.nn.Parameter) -> Any:
+def _gather(parameter: ZeroParameter) -> Any:
     """Start one all-gather without a copy; the wait makes the parameter whole."""
     shard, group = parameter.ds_tensor, parameter.ds_process_group
     status = type(parameter.ds_status)
@@ -231,5 +242,5 @@ def _gather(parameter: torch.nn.Parameter) -> Any:
     return wait
 
 
-def _gather_coalesced(parameters: list[torch.nn.Parameter]) -> list[Any]:
+def _gather_coalesced(parameters: list[ZeroParameter]) -> list[Any]:
     return [parameters[0].all_gather_coalesced(parameters).wait]

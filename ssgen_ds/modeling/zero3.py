@@ -8,18 +8,20 @@ checkpoint whose tensors it would rename, fuse or stack is converted once, in a 
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from ssgen_ds.distributed.device_errors import is_device_error
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.convert import convert_checkpoint
+from ssgen_ds.run.index_file import WEIGHT_INDEX, shard_names
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -36,6 +38,9 @@ def load_partitioned(
     path: str,
     revision: str | None,
     ds_config: dict[str, Any],
+    *,
+    device: torch.device | str,
+    control: dist.ProcessGroup | None,
     settings: BitsAndBytesConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | None:
@@ -45,6 +50,9 @@ def load_partitioned(
         config: the model's configuration, the same on every rank.
         path: a Hugging Face folder or hub id; only rank 0 fetches and reads its weights.
         ds_config: the DeepSpeed configuration, stage 3.
+        device: of the partitions and buffers.
+        control: a group without a short time limit, on which ranks wait for rank 0 to fetch and convert: that may take
+            hours.
         settings: of a base to quantise; rank 0 quantises one weight at a time, so that each rank holds its share of
             the codes and all of their scales (about 1/30 of the codes).
         kwargs: for `AutoModelForCausalLM.from_config` (dtype, attn_implementation, trust_remote_code).
@@ -54,31 +62,49 @@ def load_partitioned(
         shapes, some kept in float32): transformers' loader has to do it then.
 
     Raises:
-        OSError: rank 0 could not get at the checkpoint; raised on every rank.
+        UserError: its tensors are not the model's.
+        OSError: rank 0 could not get at the checkpoint. Both are raised on every rank.
     """
-    model = _build_without_weights(config, **kwargs)
+    import deepspeed
+
+    model = _build(config, settings, **kwargs)
+    files = _from_first_rank(lambda: _find_files(model, config, path, revision, **kwargs), control)
+    if files is None:
+        return None
+    if _same_tensor_twice(model, files):
+        config.tie_word_embeddings = False
+        model = _build(config, settings, **kwargs)
+
+    # DeepSpeed asks this module for its parameters one by one and partitions each before it asks for the next.
+    deepspeed.zero.Init(module=_Stream(model, files, device, control), config_dict_or_path=ds_config)
+    move_buffers(model, device)
+    _fill_buffers(model, files)
+    return model.eval()
+
+
+def _build(config: PreTrainedConfig, settings: BitsAndBytesConfig | None, **kwargs: Any) -> PreTrainedModel:
+    """`build_without_weights`, with quantised layers where the base is to be quantised."""
+    built = build_without_weights(config, **kwargs)
     if settings is not None:
         from ssgen_ds.modeling.nf4 import replace_linears
 
-        replace_linears(model, settings)
+        replace_linears(built, settings)
+    return built
 
-    def find() -> Files | None:
-        found = _match(model, _read_index(path, revision))
-        if found is None:
-            found = _match(
-                model, _read_index(str(convert_checkpoint(path, revision, kwargs["trust_remote_code"])), None)
-            )
+
+def _find_files(
+    model: PreTrainedModel, config: PreTrainedConfig, path: str, revision: str | None, **kwargs: Any
+) -> Files | None:
+    """Of the checkpoint as it is, else of the converted one; None where neither agrees with the model."""
+    found = _match(model, _read_index(path, revision))
+    if found is not None:
         return found
-
-    files = _from_first_rank(find)
-    if files is None:
-        return None
-    import deepspeed
-
-    # DeepSpeed asks this module for its parameters one by one and partitions each before it asks for the next.
-    deepspeed.zero.Init(module=_Stream(model, files), config_dict_or_path=ds_config)
-    _fill_buffers(model, files)
-    return model.eval()
+    # It refuses tensors that are not the model's, and writes a head twice only where it is not the embedding.
+    converted = _read_index(str(convert_checkpoint(path, revision, kwargs["trust_remote_code"])), None)
+    found = _match(model, converted)
+    if found is None and config.tie_word_embeddings:
+        return _match(_build_untied(config, **kwargs), converted)
+    return found
 
 
 @contextmanager
@@ -102,7 +128,7 @@ def partition_rest(model: torch.nn.Module, ds_config: dict[str, Any]) -> None:
     deepspeed.zero.Init(module=model, config_dict_or_path=ds_config)
 
 
-def _build_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+def build_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers (rotary frequencies are computed when built)."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -114,17 +140,32 @@ def _build_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTraine
     return model
 
 
-def _from_first_rank(compute: Callable[[], Files | None]) -> Files | None:
+def _build_untied(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    return build_without_weights(untied, **kwargs)
+
+
+def _same_tensor_twice(model: PreTrainedModel, files: Files) -> bool:
+    """Whether the files have a tensor of their own for two names of one parameter: what is tied by the configuration
+    is not tied in the checkpoint."""
+    names = [name for name in model.state_dict(keep_vars=True) if name in files]
+    return len({id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in files}) < len(names)
+
+
+def _from_first_rank(compute: Callable[[], Files | None], control: dist.ProcessGroup | None) -> Files | None:
     """What rank 0 computes, on every rank. Its failure is raised on every rank: none is left waiting."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = compute()
-        except (OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+        except UserError as error:
+            box[1] = error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            box[1] = error if is_device_error(error) else OSError(str(error))
+    dist.broadcast_object_list(box, src=0, group=control)
     if box[1] is not None:
-        raise OSError(box[1])
+        raise box[1]
     return box[0]
 
 
@@ -135,11 +176,8 @@ def _read_index(path: str, revision: str | None) -> Index:
     def find(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
-    index = find("model.safetensors.index.json")
-    if index is None:
-        names = ["model.safetensors"]
-    else:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    index = find(WEIGHT_INDEX)
+    names = ["model.safetensors"] if index is None else shard_names(Path(index))
     found: Index = {}
     for name in names:
         file = find(name)
@@ -166,7 +204,7 @@ def _match(model: PreTrainedModel, index: Index) -> Files | None:
 
 
 def _read(file: str, name: str) -> torch.Tensor:
-    """One tensor. The file is opened anew each time, so that pages of tensors read before are not kept mapped."""
+    """One tensor. The file is opened again each time, so that pages of tensors read before are not kept mapped."""
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
@@ -174,8 +212,11 @@ def _read(file: str, name: str) -> torch.Tensor:
 class _Stream(torch.nn.Module):
     """Gives out the model's parameters one by one, each made real, and on rank 0 filled, just before it is given."""
 
-    def __init__(self, model: PreTrainedModel, files: Files):
+    def __init__(
+        self, model: PreTrainedModel, files: Files, device: torch.device | str, control: dist.ProcessGroup | None
+    ):
         super().__init__()
+        self._device, self._control = device, control
         self._places: dict[int, Places] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
@@ -203,12 +244,10 @@ class _Stream(torch.nn.Module):
         return torch.nn.Parameter(value, requires_grad=meta.requires_grad)
 
     def _quantized(self, places: Places, meta: Any) -> torch.nn.Parameter:
-        from deepspeed.accelerator import get_accelerator
-
         from ssgen_ds.modeling.nf4 import quantize_and_share
 
         values = self._values(places, meta.quant_storage) if dist.get_rank() == 0 else None
-        return quantize_and_share(values, meta, places[0][0], get_accelerator().current_device_name())
+        return quantize_and_share(values, meta, cast(Any, places[0][0]), self._device, self._control)
 
     def _values(self, places: Places, dtype: torch.dtype) -> torch.Tensor:
         name = next(path for _, _, path in places if path in self._files)
@@ -222,11 +261,18 @@ class _Stream(torch.nn.Module):
         return self._scratch[: meta.numel()].view(meta.shape)
 
 
+def move_buffers(model: torch.nn.Module, device: torch.device | str) -> None:
+    """ZeRO-3 takes parameters to the device and leaves buffers where they were made: on the host, where a model's
+    forward would not find them, or would wait for a copy each time."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def _fill_buffers(model: PreTrainedModel, files: Files) -> None:
-    """Saved buffers, which ZeRO-3 does not partition."""
+    """Saved buffers. They are broadcast where they are: the default group of GPUs takes nothing from the host."""
     for name, buffer in model.named_buffers():
         if name in files:
-            values = _read(files[name], name) if dist.get_rank() == 0 else torch.empty_like(buffer, device="cpu")
-            values = values.to(buffer.device, buffer.dtype)
-            dist.broadcast(values, src=0)
-            buffer.copy_(values)
+            if dist.get_rank() == 0:
+                buffer.copy_(_read(files[name], name))
+            dist.broadcast(buffer, src=0)

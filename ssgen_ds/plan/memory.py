@@ -15,16 +15,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssgen_ds.loss import CHUNK_LOGITS
+from ssgen_ds.modeling.loss import CHUNK_LOGITS
 from ssgen_ds.plan.sizes import Sizes
-from ssgen_ds.selfgen.strategy import CACHE_SHARE, MOST_ROWS_CPU, USABLE
+from ssgen_ds.sampler.build import CACHE_SHARE, MOST_ROWS_CPU, USABLE
 
 PHASES = ("load", "generate", "train", "optimizer")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What of the recipe, the DeepSpeed file and the hardware the memory depends on."""
+    """The facts of the recipe, the DeepSpeed file and the hardware that decide the memory."""
 
     stage: int
     ranks: int
@@ -37,11 +37,11 @@ class Setting:
     offload_optimizer: bool
     offload_param: bool
     checkpointing: bool
-    micro_tokens: int  # of the largest micro batch
-    accumulates: bool  # over several micro batches a step
-    labels: int  # of it
+    micro_tokens: int  # tokens of the largest micro batch
+    accumulates: bool  # whether a step has several micro batches
+    labels: int  # label tokens of the largest micro batch
     rows: int  # sequences generated together
-    row_tokens: int  # of the longest of them
+    row_tokens: int  # tokens of the longest generated sequence
     strategy: str  # auto, sharded, gathered
     generates: bool
     reduce_bucket: int
@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """Bytes on the rank's device by phase and part, and in host memory."""
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -72,14 +72,14 @@ class Plan:
         return max(map(self.peak, self.phases))
 
 
-def plan_memory(sizes: Sizes, s: Setting) -> Plan:
+def plan_memory(sizes: Sizes, s: Setting) -> MemoryPlan:
     """The parts of every phase. Hand-worked values are in the tests."""
-    plan = Plan()
+    plan = MemoryPlan()
     weights, whole = _weights(sizes, s)
     shared = s.ranks if s.stage >= 1 else 1
     masters = 4.0 * sizes.trained / shared if s.stage >= 1 or s.is_mixed else 0.0
     moments = s.moments * sizes.trained / shared
-    on_host = {}
+    on_host: dict[str, float] = {}
     if s.offload_optimizer:
         on_host |= {"masters": masters, "moments": moments, "gradients": 4.0 * sizes.trained / shared}
         masters = moments = 0.0
@@ -95,7 +95,7 @@ def plan_memory(sizes: Sizes, s: Setting) -> Plan:
     activations, (gradients, bucket) = _activations(sizes, s), _gradients(sizes, s)
     plan.phases["train"] = {
         **resident,
-        # Of a first micro batch they take the place of the activations that the backward lets go.
+        # With one micro batch, gradients take the memory of the activations that the backward frees.
         "gradients": gradients if s.accumulates else max(0.0, gradients - activations),
         "bucket": bucket,
         "activations": activations,
@@ -110,7 +110,7 @@ def plan_memory(sizes: Sizes, s: Setting) -> Plan:
 
 
 def _weights(sizes: Sizes, s: Setting) -> tuple[float, float]:
-    """Of one rank, and of the whole model."""
+    """Bytes of weights on one rank, and of the whole model."""
     quantised = sizes.quantizable if s.nf4 else 0
     scales = quantised * (1 / 64 + 4 / (64 * 256) if s.double else 4 / 64)
     plain = (sizes.parameters - quantised) * s.element + sizes.adapter * s.adapter_element
@@ -175,14 +175,14 @@ def _logits(sizes: Sizes, s: Setting) -> float:
 
 
 def _live(sizes: Sizes, s: Setting, whole: float) -> float:
-    """Beside the rank's own share."""
+    """Bytes that ZeRO-3 gathers, in addition to the rank's own share."""
     if s.stage != 3 or (s.ranks == 1 and not s.offload_param):
         return 0.0
     elements = sizes.parameters + sizes.adapter
     return whole * min(1.0, max(s.live, sizes.largest_unit) / elements)
 
 
-def _generation(sizes: Sizes, s: Setting, plan: Plan, resident: float, whole: float) -> dict[str, float]:
+def _generation(sizes: Sizes, s: Setting, plan: MemoryPlan, resident: float, whole: float) -> dict[str, float]:
     """Weights as the strategy holds them, and keys and values of as many rows as fit; by the rules of the sampler."""
     free = s.memory - s.overhead - resident
     parts: dict[str, float] = {}
@@ -209,7 +209,7 @@ def _generation(sizes: Sizes, s: Setting, plan: Plan, resident: float, whole: fl
     return parts
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: MemoryPlan) -> dict[str, Any]:
     """Bytes by phase and part."""
     return {
         "phases": {name: {**parts, "total": plan.peak(name)} for name, parts in plan.phases.items()},

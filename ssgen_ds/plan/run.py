@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
-from ssgen_ds.config import Recipe, load_recipe
-from ssgen_ds.ds_config import (
+from ssgen_ds.distributed.host_memory import GIB
+from ssgen_ds.errors import UserError
+from ssgen_ds.modeling.families import check_trainable
+from ssgen_ds.plan.memory import MemoryPlan, Setting, as_json, plan_memory
+from ssgen_ds.plan.sizes import Sizes, find_config, measure
+from ssgen_ds.plan.timing import Rate, Work, measured_rate, published_rate, seconds
+from ssgen_ds.recipe.deepspeed import (
     DEFAULT_BUCKET,
     build_ds_config,
     fitting_bucket,
@@ -21,23 +26,20 @@ from ssgen_ds.ds_config import (
     offloads_parameters,
     zero_stage,
 )
-from ssgen_ds.errors import UserError
-from ssgen_ds.modeling import families
-from ssgen_ds.plan.memory import Plan, Setting, as_json, plan_memory
-from ssgen_ds.plan.sizes import Sizes, find_config, measure
-from ssgen_ds.plan.timing import Rate, Work, measured_rate, published_rate, seconds
-from ssgen_ds.selfgen.strategy import GIB, MOST_ROWS
+from ssgen_ds.recipe.load import load_recipe
+from ssgen_ds.recipe.schema import Recipe
+from ssgen_ds.sampler.build import MOST_ROWS
 
-_CONTEXT = 1.2 * GIB  # of a CUDA device: the driver, kernels, NCCL's buffers
+_CONTEXT = 1.2 * GIB  # what a CUDA context takes: the driver, kernels, NCCL's buffers
 _FRAGMENTS = 1.05  # reserved by torch's allocator over what it has handed out
 _DEFAULT_PERSISTENCE, _DEFAULT_LIVE = 100_000, 1_000_000_000  # DeepSpeed's own
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What to plan for."""
+    """The machines to plan for."""
 
-    gpus: int  # of a node; 0: a CPU, one rank a node
+    gpus: int  # GPUs in a node; 0: the CPU, with one rank in a node
     nodes: int
     memory: float  # bytes of one device
     name: str
@@ -59,7 +61,7 @@ def parse_size(text: str) -> float:
 
 
 def find_hardware(gpus: int | None, nodes: int, memory: str, host_memory: str = "") -> Hardware:
-    """As asked for; what is not said is what is here."""
+    """The hardware that was asked for; this machine's values where nothing was said."""
     import psutil
 
     here = torch.cuda.is_available()
@@ -159,7 +161,7 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
     ), config
 
 
-def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Plan, Sizes, Setting]:
+def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[MemoryPlan, Sizes, Setting]:
     """Raises UserError for what is wrong with the recipe or its DeepSpeed file."""
     dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if hardware.gpus else "float32")
     setting, config = setting_of(recipe, hardware, dtype)
@@ -168,8 +170,8 @@ def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Plan, Sizes, Settin
     return plan_memory(sizes, setting), sizes, setting
 
 
-def fits(plan: Plan, setting: Setting, hardware: Hardware) -> bool:
-    """On every device, and what is offloaded in the memory of a node."""
+def fits(plan: MemoryPlan, setting: Setting, hardware: Hardware) -> bool:
+    """Whether the plan fits on every device, and offloaded states in the memory of a node."""
     return plan.highest <= setting.memory and plan.host_bytes * max(1, hardware.gpus) <= hardware.host_memory
 
 
@@ -222,7 +224,9 @@ def advise(file: Path, overrides: list[str], hardware: Hardware) -> list[str] | 
     return None
 
 
-def timing(recipe: Recipe, sizes: Sizes, setting: Setting, plan: Plan, hardware: Hardware) -> dict[str, Any] | None:
+def timing(
+    recipe: Recipe, sizes: Sizes, setting: Setting, plan: MemoryPlan, hardware: Hardware
+) -> dict[str, Any] | None:
     """Seconds of a step and of a round's generation, with the source of the rate; None when no rate is known."""
     rate: Rate | None
     if hardware.is_here:
@@ -251,13 +255,11 @@ def timing(recipe: Recipe, sizes: Sizes, setting: Setting, plan: Plan, hardware:
     return {**seconds(sizes, work, rate), "rate": rate.source}
 
 
-def command(file: Path, overrides: list[str], hardware: Hardware, card: str, as_json_only: bool) -> bool:
+def print_plan(file: Path, overrides: list[str], hardware: Hardware, card: str, as_json_only: bool) -> bool:
     """Print the plan; whether the recipe fits."""
     recipe = load_recipe(file, overrides)
     config, where = find_config(recipe)
-    families.check(config, recipe.generates)
-    if recipe.data.packing:
-        families.check_packing(config)
+    check_trainable(config, recipe)
     if card:
         hardware = replace(hardware, name=card, is_here=False)
     plan, sizes, setting = plan_recipe(recipe, hardware)

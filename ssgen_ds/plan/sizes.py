@@ -11,13 +11,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ssgen_ds.config import AdapterConfig, Recipe
+from ssgen_ds.data.window import Layout, Sequence, collate
 from ssgen_ds.errors import UserError
-from ssgen_ds.loss import token_loss
 from ssgen_ds.modeling.adapters import apply_adapter
 from ssgen_ds.modeling.load import load_config
-from ssgen_ds.modeling.packed import Layout, attention_replaced
-from ssgen_ds.window import Sequence, collate
+from ssgen_ds.modeling.loss import token_loss
+from ssgen_ds.modeling.packed import attention_replaced
+from ssgen_ds.recipe.schema import AdapterConfig, Recipe
 
 _ATTENTION = "ssgen_plan"
 _PROBE_TOKENS = 256
@@ -27,8 +27,8 @@ _PROBE_TOKENS = 256
 class Sizes:
     """Parameters are counted in elements, activations in bytes of one token; tied weights count once."""
 
-    parameters: int  # of the base
-    trained: int  # that get gradients and optimizer states
+    parameters: int  # all parameters of the base model
+    trained: int  # parameters that get gradients and optimizer states
     adapter: int  # LoRA's; 0 without one
     quantizable: int  # weights that nf4 would replace: all Linear layers but the output head
     small: int  # in parameters that ZeRO-3 keeps whole on every rank
@@ -37,7 +37,7 @@ class Sizes:
     hidden: int
     vocabulary: int
     activations: float  # kept for the backward without checkpointing, per token, over all layers
-    layer_activations: float  # of one layer
+    layer_activations: float  # the same for one layer
     widest: int  # elements of the largest single activation of a token
     cache: int  # keys and values, per token, over all layers, in bytes
 
@@ -127,7 +127,7 @@ def _with_depth(settings: dict[str, Any], depth: int) -> dict[str, Any]:
 def _activation_bytes(
     config: PreTrainedConfig, adapter: AdapterConfig, dtype: torch.dtype, depth: int, is_packed: bool
 ) -> float:
-    """Per token: what a forward of the first layers keeps for its backward."""
+    """Bytes per token that a forward of the first layers keeps for its backward."""
     model = _build(config, dtype, depth)
     with init_empty_weights(include_buffers=False):
         model = model if adapter.kind == "none" else apply_adapter(model, adapter, None, seed=0)
@@ -151,7 +151,7 @@ def _activation_bytes(
 
 
 class _Unpacked(Layout):
-    """Of a row that is as it would be padded: it needs no copies."""
+    """The layout of a row that is padded already: it needs no copies."""
 
     def to_padded(self, packed_1HND: torch.Tensor) -> torch.Tensor:
         return packed_1HND

@@ -7,15 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssgen_ds.plan.memory import PHASES, Plan, Setting
+from ssgen_ds.distributed.host_memory import GIB
+from ssgen_ds.plan.memory import PHASES, MemoryPlan, Setting
 from ssgen_ds.plan.sizes import Sizes
-from ssgen_ds.selfgen.strategy import GIB
 
 _TITLES = {"load": "loading", "generate": "generating", "train": "forward/backward", "optimizer": "update"}
 
 
 def show(
-    plan: Plan,
+    plan: MemoryPlan,
     sizes: Sizes,
     setting: Setting,
     hardware: Any,
@@ -33,19 +33,7 @@ def show(
         f"{setting.ranks} rank{'s' * (setting.ranks > 1)}, ZeRO-{setting.stage}, "
         f"{setting.micro_tokens} tokens a micro batch; {setting.memory / GIB:.1f} GiB a rank ({hardware.name})"
     )
-    table = Table(title="GiB on one rank", title_justify="left")
-    table.add_column("")
-    phases = [phase for phase in PHASES if phase in plan.phases]
-    for phase in phases:
-        table.add_column(_TITLES[phase], justify="right")
-    parts = list(dict.fromkeys(part for phase in phases for part in plan.phases[phase]))
-    for part in parts:
-        values = [plan.phases[phase].get(part) for phase in phases]
-        if any(values):
-            table.add_row(part, *("" if not value else f"{value / GIB:.2f}" for value in values))
-    table.add_section()
-    table.add_row("peak", *(f"{plan.peak(phase) / GIB:.2f}" for phase in phases))
-    console.print(table)
+    console.print(_memory_table(plan))
     if plan.host:
         need, there = plan.host_bytes * max(1, hardware.gpus) / GIB, hardware.host_memory / GIB
         known = f" of {there:.0f} that are there" if there < float("inf") else ""
@@ -67,3 +55,20 @@ def show(
     else:
         generation = f", a round's generation {times['round']:.1f} s" if setting.generates else ""
         console.print(f"a step {times['step']:.1f} s{generation} at the longest lengths; rate: {times['rate']}")
+
+
+def _memory_table(plan: MemoryPlan) -> Table:
+    """A column for each phase, a row for each kind of memory that some phase needs."""
+    table = Table(title="GiB on one rank", title_justify="left")
+    table.add_column("")
+    phases = [phase for phase in PHASES if phase in plan.phases]
+    for phase in phases:
+        table.add_column(_TITLES[phase], justify="right")
+    kinds = dict.fromkeys(kind for phase in phases for kind in plan.phases[phase])
+    for kind in kinds:
+        values = [plan.phases[phase].get(kind) for phase in phases]
+        if any(values):
+            table.add_row(kind, *(f"{value / GIB:.2f}" if value else "" for value in values))
+    table.add_section()
+    table.add_row("peak", *(f"{plan.peak(phase) / GIB:.2f}" for phase in phases))
+    return table

@@ -13,6 +13,7 @@ calls of drafts          method.rac.max_draft_tokens
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ CARDS = {
     "H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12), "L40S": (362e12, 0.86e12),
     "4090": (165e12, 1.0e12), "3090": (71e12, 0.94e12), "A10": (125e12, 0.6e12), "T4": (65e12, 0.3e12),
 }  # fmt: skip
-_SHARE = 0.4  # of the published rate that training reaches; 46 % is the most that peers publish on an H100
+_SHARE = 0.4  # share of the published rate that training reaches; peers publish at most 46 % on an H100
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Rate:
 class Work:
     """One optimizer step and one round, over all ranks."""
 
-    tokens: float  # read in a step
-    length: float  # of a sequence
+    tokens: float  # tokens read in a step
+    length: float  # tokens of a sequence
     response: float  # tokens of a response
-    sequences: int  # in a step
+    sequences: int  # sequences in a step
     mix_rate: float  # 0: no mixed contexts
     draft: int  # longest draft; 0: none
     steps_per_round: int
@@ -58,7 +59,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> Rate:
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
 
-    def seconds(run: object, repeats: int = 5) -> float:
+    def seconds(run: Callable[[], object], repeats: int = 5) -> float:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -76,7 +77,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> Rate:
 
 
 def published_rate(name: str) -> Rate | None:
-    """Of a card by its name, where it is known."""
+    """The published rates of a card, by its name; None for an unknown card."""
     for card, (flops, bandwidth) in CARDS.items():
         if card.lower() in name.lower().replace(" ", ""):
             return Rate(flops * _SHARE, bandwidth, f"{card} as published, of which training is taken to reach 40 %")
@@ -84,7 +85,7 @@ def published_rate(name: str) -> Rate | None:
 
 
 def operations_per_token(sizes: Sizes, length: float, checkpointing: bool) -> float:
-    """Of forward and backward, embedding look-ups apart."""
+    """Operations of forward and backward, without embedding look-ups."""
     dense = sizes.parameters - sizes.vocabulary * sizes.hidden  # a tied head is taken for the embedding: labels are few
     attention = sizes.layers * sizes.hidden * length
     full, lora = 6.0 * dense + 12.0 * attention, 4.0 * dense + 6.0 * sizes.adapter + 8.0 * attention

@@ -1,13 +1,13 @@
-"""BSS, batch-scheduled sampling: mixed contexts, gold labels (METHOD, BSS; the paper calls it BASH)."""
+"""BSS, batch-scheduled sampling: mixed contexts, gold labels (docs/method.md; the paper calls it BASH)."""
 
 from __future__ import annotations
 
 import torch
 
 from ssgen_ds.data.tokenize import Example
-from ssgen_ds.selfgen.noise import uniform
-from ssgen_ds.selfgen.requests import Request
-from ssgen_ds.window import IGNORE, Sequence
+from ssgen_ds.data.window import IGNORE, Sequence
+from ssgen_ds.sampler.noise import uniform
+from ssgen_ds.sampler.requests import Request
 
 
 def draw_coins(num_tokens: int, mix_rate: float, key: int) -> list[bool]:

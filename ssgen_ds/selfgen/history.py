@@ -7,24 +7,25 @@ Guesses decide what generation costs, never what it gives, so a file that is gon
 
 from __future__ import annotations
 
+import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 
-from ssgen_ds.distributed import World
-from ssgen_ds.selfgen.rounds import Generated
-from ssgen_ds.selfgen.store import read_example_ids, read_round, round_path
+from ssgen_ds.distributed.world import World
+from ssgen_ds.run.layout import round_path
+from ssgen_ds.selfgen.generated import Generated
+from ssgen_ds.selfgen.round_file import from_row, read_round, to_row
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class History:
-    """Finds earlier visits. Rank 0 keeps which round last visited each example, nothing else; the tokens stay on disk.
+    """Finds earlier visits. Rank 0 keeps the latest visit of each example in a table of its own, which SQLite spills to
+    a temporary file: a round's file is read once, and a look-up costs the same however many rounds there are.
 
     Args:
         run_dir: the run's output folder.
@@ -34,8 +35,8 @@ class History:
     def __init__(self, run_dir: Path, world: World) -> None:
         self._run_dir = run_dir
         self._world = world
-        self._last_round: dict[str, int] = {}
-        self._indexed = 0  # rounds 1.._indexed are in _last_round
+        self._table: sqlite3.Connection | None = None
+        self._indexed = 0  # rounds 1.._indexed are in the table
         self._warned = False
 
     def before(self, number: int, example_ids: Iterable[str]) -> dict[str, Generated]:
@@ -46,28 +47,45 @@ class History:
         return self._world.broadcast(self._find(number, set(example_ids)) if self._world.is_main else {})
 
     def _find(self, number: int, example_ids: set[str]) -> dict[str, Generated]:
-        for earlier in range(self._indexed + 1, number):
-            self._last_round |= dict.fromkeys(self._read(earlier, read_example_ids), earlier)
-        self._indexed = max(self._indexed, number - 1)
-        wanted: dict[int, list[str]] = defaultdict(list)
-        for example_id in example_ids & self._last_round.keys():
-            wanted[self._last_round[example_id]].append(example_id)
-        found: dict[str, Generated] = {}
-        for earlier, ids in sorted(wanted.items()):
-            # In the order of the slots: where a round visits an example twice, the later visit stays.
-            found |= {record.example_id: record for record in self._read(earlier, read_round, ids)}
-        return found
+        try:
+            table = self._open()
+            for earlier in range(self._indexed + 1, number):
+                self._index(table, earlier)
+                self._indexed = earlier
+            rows = (
+                table.execute("SELECT record FROM visits WHERE example_id = ?", (example_id,)).fetchone()
+                for example_id in sorted(example_ids)
+            )
+            records = [from_row(json.loads(row[0])) for row in rows if row is not None]
+        except sqlite3.Error as error:  # its temporary file has no room
+            self._warn("the table of earlier visits", error)
+            return {}
+        return {record.example_id: record for record in records}
 
-    def _read(self, number: int, read: Callable[..., list[T]], *arguments: object) -> list[T]:
-        """`read(path, *arguments)` of a round's file, or nothing when it cannot be read: said once."""
+    def _open(self) -> sqlite3.Connection:
+        if self._table is None:
+            # "": a private database in a temporary file that is gone with the process.
+            self._table = sqlite3.connect("", isolation_level=None)
+            self._table.execute("PRAGMA journal_mode = OFF")
+            self._table.execute("CREATE TABLE visits (example_id TEXT PRIMARY KEY, record TEXT) WITHOUT ROWID")
+        return self._table
+
+    def _index(self, table: sqlite3.Connection, number: int) -> None:
+        """Take in one round, in the order of its slots: where it visits an example twice, the later visit stays."""
         path = round_path(self._run_dir, number)
         try:
-            return read(path, *arguments)
-        except (OSError, pa.ArrowException) as error:
-            if not self._warned:
-                problem = type(error).__name__
-                logger.warning(
-                    "cannot read %s (%s): earlier visits are no guesses, generation costs more", path, problem
-                )
-            self._warned = True
-            return []
+            records = read_round(path)
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            self._warn(path, error)
+            return
+        rows = [(record.example_id, json.dumps(to_row(record))) for record in records]
+        table.execute("BEGIN")
+        table.executemany("INSERT OR REPLACE INTO visits VALUES (?, ?)", rows)
+        table.execute("COMMIT")
+
+    def _warn(self, what: object, error: Exception) -> None:
+        """Once."""
+        if not self._warned:
+            problem = type(error).__name__
+            logger.warning("cannot read %s (%s): earlier visits are no guesses, generation costs more", what, problem)
+        self._warned = True

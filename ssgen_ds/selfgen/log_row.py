@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssgen_ds.config import MethodConfig
-from ssgen_ds.selfgen.rounds import Generated, RoundStats, Slot
+from ssgen_ds.recipe.schema import MethodConfig
+from ssgen_ds.selfgen.generated import Draft, Generated
+from ssgen_ds.selfgen.round import Round
 
 
-def generated_row(method: MethodConfig, slots: list[Slot], records: list[Generated]) -> dict[str, Any]:
+def generated_row(method: MethodConfig, records: list[Generated]) -> dict[str, Any]:
     """Of one step: its mix rate, what share of the response tokens was sampled, what share is not gold, its drafts."""
     response_tokens = sum(len(record.gold_ids) for record in records)
+    sampled_tokens = sum(sum(record.mixed.coins) for record in records if record.mixed)
     row: dict[str, Any] = {
-        "mix_rate": slots[0].mix_rate,
-        "sampled_token_share": sum(sum(record.coins or []) for record in records) / response_tokens,
+        "mix_rate": records[0].mix_rate,
+        "sampled_token_share": sampled_tokens / response_tokens,
     }
     if method.uses_bss:
         row["changed_token_share"] = sum(map(_num_changed, records)) / response_tokens
@@ -22,37 +24,33 @@ def generated_row(method: MethodConfig, slots: list[Slot], records: list[Generat
 
 def _num_changed(record: Generated) -> int:
     """Tokens of the mixed context that are not the gold ones: where there are none, BSS trains as SFT does."""
-    mixed_ids = record.mixed_ids or record.gold_ids
-    return sum(mixed != gold for mixed, gold in zip(mixed_ids, record.gold_ids, strict=True))
+    return sum(mixed != gold for mixed, gold in zip(record.context_ids, record.gold_ids, strict=True))
 
 
 def _correction_counts(records: list[Generated]) -> dict[str, int]:
+    targets = [record.target for record in records if record.target]
+    drafts = [(record.draft, record.gold_ids) for record in records if record.draft]
     return {
-        "num_corrections": sum(record.target_ids is not None for record in records),
-        "num_empty_drafts": sum(record.draft_ids == [] for record in records),
-        "num_truncated_drafts": sum(_ran_out(record) for record in records),
-        "num_right_drafts": sum(_is_gold(record) for record in records),
-        "num_rewrites_used": sum(record.target_kind == "rewrite" for record in records),
+        "num_corrections": len(targets),
+        "num_empty_drafts": sum(not draft.ids for draft, _ in drafts),
+        "num_truncated_drafts": sum(bool(draft.ids) and draft.stop_id is None for draft, _ in drafts),
+        "num_right_drafts": sum(_is_gold(draft, gold_ids) for draft, gold_ids in drafts),
+        "num_rewrites_used": sum(target.kind == "rewrite" for target in targets),
     }
 
 
-def _is_gold(record: Generated) -> bool:
-    """Whether the draft is the reference, its end included: then there is nothing to correct."""
-    draft_ids = [*(record.draft_ids or []), record.draft_stop_id]
-    return record.draft_ids is not None and record.gold_ids[: len(draft_ids)] == draft_ids
+def _is_gold(draft: Draft, gold_ids: list[int]) -> bool:
+    """Whether the draft is the gold answer, its end included: then there is nothing to correct."""
+    draft_ids = [*draft.ids, draft.stop_id]
+    return gold_ids[: len(draft_ids)] == draft_ids
 
 
-def _ran_out(record: Generated) -> bool:
-    """Whether the draft was ended by max_draft_tokens and not by the model."""
-    return bool(record.draft_ids) and record.draft_stop_id is None
-
-
-def round_row(stats: RoundStats, records: dict[int, list[Generated]]) -> dict[str, Any]:
-    """What the round cost, on its first step's row; the passes of its mixed contexts on every row."""
-    passes = [record.bss_passes for group in records.values() for record in group if record.bss_passes]
+def round_row(round: Round, step: int) -> dict[str, Any]:
+    """What the round cost, on the row of the step that it was opened before; its passes on every row."""
+    stats = round.cost_at(step)
     sampler = stats.sampler
     return {
-        "selfgen_passes": sum(passes) / len(passes) if passes else 0.0,
+        "selfgen_passes": round.passes,
         "selfgen_seconds": stats.seconds,
         "selfgen_calls": sampler.calls,
         "selfgen_token_forwards": sampler.token_forwards,

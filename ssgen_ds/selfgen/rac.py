@@ -1,46 +1,12 @@
-"""RAC, reference-answer-based correction: draft, cut, correction example, target (METHOD, RAC)."""
+"""RAC, reference-answer-based correction: draft, cut, correction example, target (docs/method.md)."""
 
 from __future__ import annotations
 
 import torch
 
 from ssgen_ds.data.tokenize import Example
-from ssgen_ds.selfgen.noise import uniform
-from ssgen_ds.selfgen.requests import Request, Sampled
-from ssgen_ds.window import IGNORE, Sequence
-
-
-def free_request(
-    prompt_ids: list[int],
-    max_tokens: int,
-    key: int,
-    stop_ids: frozenset[int],
-    guess_ids: list[int] | None = None,
-    corpora: tuple[list[int], ...] = (),
-) -> Request:
-    """Free decoding: every coin is 1, up to a stop id or `max_tokens`.
-
-    Guesses only matter for speed: `guess_ids` position by position, `corpora` for look-ups, the most alike first; with
-    them, the prompt and what is generated are looked up in, too.
-    """
-    guess = (guess_ids or [])[:max_tokens]
-    padded = guess + [0] * (max_tokens - len(guess))
-    return Request(prompt_ids, padded, [True] * max_tokens, key, stop_ids, len(guess), corpora)
-
-
-def content_ids(sampled: Sampled) -> list[int]:
-    """Tokens of a free sample without the stop id that ended it."""
-    return sampled.tokens[:-1] if sampled.stopped else sampled.tokens
-
-
-def stop_id(sampled: Sampled) -> int | None:
-    """The stop id that ended a free sample; None: it ran out of tokens."""
-    return sampled.tokens[-1] if sampled.stopped else None
-
-
-def sampled_ids(content: list[int] | None, stop: int | None) -> list[int]:
-    """A free sample as it was sampled, its stop id included; [] when there was none."""
-    return [*(content or []), *([] if stop is None else [stop])]
+from ssgen_ds.data.window import IGNORE, Sequence
+from ssgen_ds.sampler.noise import uniform
 
 
 def kept_length(num_tokens: int, cut: str, key: int) -> int:

@@ -8,52 +8,20 @@ Records are complete: a round written to disk and read back trains exactly as th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ssgen_ds.config import Recipe, SamplingConfig
-from ssgen_ds.data.tokenize import ChatFormat, Example
-from ssgen_ds.evaluate.metrics import score
+from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.data.window import Sequence
+from ssgen_ds.metrics.text import score_text
+from ssgen_ds.recipe.schema import Recipe, SamplingConfig
+from ssgen_ds.sampler.block import BlockChooser, block_name
+from ssgen_ds.sampler.engine import EngineSampler
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.free import FreeSample, free_request, free_sample
+from ssgen_ds.sampler.noise import Stream, sequence_key
+from ssgen_ds.sampler.requests import OnDoneOf, Request, Sampled, SamplerStats
 from ssgen_ds.selfgen import bss, rac
-from ssgen_ds.selfgen.block import BlockChooser, name
-from ssgen_ds.selfgen.engine_sampler import EngineSampler
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
-from ssgen_ds.window import Sequence
-
-PhaseProgress = Callable[[str, int, int], None]  # phase, sequences done, sequences in all
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One example at the optimizer step (0-based) that trains on it."""
-
-    step: int
-    example: Example
-    visit: int
-    mix_rate: float
-
-
-@dataclass
-class Generated:
-    """What was generated for one slot. None: the method does not generate it, or nothing was to be generated."""
-
-    step: int
-    example_id: str
-    visit: int
-    mix_rate: float
-    gold_ids: list[int]
-    coins: list[bool] | None = None
-    mixed_ids: list[int] | None = None
-    bss_passes: int = 0
-    draft_ids: list[int] | None = None  # without the stop id
-    draft_stop_id: int | None = None  # that ended it; None: it ran out of tokens
-    draft_kept: int | None = None  # tokens of the draft that the cut keeps
-    rewrite_ids: list[int] | None = None  # without the stop id
-    rewrite_stop_id: int | None = None
-    target_ids: list[int] | None = None  # of the correction; None: no correction example
-    target_kind: str | None = None  # reference | rewrite
+from ssgen_ds.selfgen.generated import Draft, Generated, Mixed, Slot, Target
 
 
 @dataclass
@@ -68,7 +36,7 @@ class RoundStats:
 
 @dataclass
 class _Work:
-    """One slot, what is generated for it, and what was when its example was last visited."""
+    """One slot, what is generated for it, and what was generated when its example was last visited."""
 
     slot: Slot
     record: Generated
@@ -104,14 +72,14 @@ class RoundGenerator:
     def generate(
         self,
         slots: list[Slot],
-        progress: PhaseProgress = lambda phase, done, total: None,
+        on_done_of: OnDoneOf = lambda phase: lambda done, total: None,
         earlier: dict[str, Generated] | None = None,
     ) -> tuple[list[Generated], RoundStats]:
         """One record for each slot, in order.
 
         `earlier` holds the previous visit of examples, by id. They are guesses: they change the cost, not the tokens.
         """
-        stats = RoundStats(strategy=self.sampler.strategy)
+        stats = RoundStats(strategy=self.sampler.strategy.name)
         work = [_Work.of(slot, (earlier or {}).get(slot.example.id)) for slot in slots]
         method = self.recipe.method
         mixes = method.uses_bss and any(slot.mix_rate > 0 for slot in slots)
@@ -119,11 +87,11 @@ class RoundGenerator:
             start = time.perf_counter()
             with self.sampler.ready():
                 if mixes:
-                    self._mix(work, stats, progress)
+                    self._mix(work, stats, on_done_of)
                 if self._drafts:
-                    self._draft(work, stats, progress)
+                    self._draft(work, stats, on_done_of)
                 if self._drafts and method.rac.target == "rewrite":
-                    self._rewrite([item for item in work if item.record.draft_ids], stats, progress)
+                    self._rewrite([item for item in work if _draft_ids(item)], stats, on_done_of)
             stats.seconds = time.perf_counter() - start
         return [item.record for item in work], stats
 
@@ -138,75 +106,74 @@ class RoundGenerator:
         block: int | None,
         stats: RoundStats,
         phase: str,
-        progress: PhaseProgress,
+        on_done_of: OnDoneOf,
     ) -> list[Sampled]:
         with self.sampler.world.phase(phase):
-            results, cost, _ = self.sampler.sample(
-                requests, sampling, block, lambda done, total: progress(phase, done, total)
-            )
+            results, cost, _ = self.sampler.sample(requests, sampling, block, on_done_of(phase))
         stats.sampler.add(cost)
-        stats.block += f"{', ' if stats.block else ''}{phase} {name(block)}"
+        stats.block += f"{', ' if stats.block else ''}{phase} {block_name(block)}"
         return results
 
-    def _mix(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _mix(self, work: list[_Work], stats: RoundStats, on_done_of: OnDoneOf) -> None:
         sampling = self._sampling(self.recipe.method.bss, keep=())
         requests = []
         for item in work:
             slot, before = item.slot, item.before
-            guess_ids = before.mixed_ids if before and self.recipe.selfgen.noise == "common" else None
-            requests.append(bss.bss_request(slot.example, slot.mix_rate, self._key(slot, Stream.BSS), guess_ids))
-        results = self._sample(requests, sampling, self.blocks.mixing(requests), stats, "mixing", progress)
+            guess_ids = None
+            if before and before.mixed and self.recipe.selfgen.noise == "common":
+                guess_ids = before.mixed.ids
+            key = self._key(slot, Stream.BSS)
+            requests.append(bss.bss_request(slot.example, slot.mix_rate, key, guess_ids))
+        results = self._sample(requests, sampling, self.blocks.mixing(requests), stats, "mixing", on_done_of)
         for item, request, result in zip(work, requests, results, strict=True):
-            record = item.record
-            record.coins, record.mixed_ids, record.bss_passes = request.coins, result.tokens, result.passes
+            item.record.mixed = Mixed(request.coins, result.tokens, result.passes)
 
-    def _draft(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
-        settings = self.recipe.method.rac
-        requests = []
-        for item in work:
-            before = item.before
-            earlier_ids = rac.sampled_ids(before.draft_ids, before.draft_stop_id) if before else []
-            prompt_ids = item.slot.example.prompt_ids
-            requests.append(
-                self._free_request(item.slot, Stream.DRAFT, prompt_ids, settings.max_draft_tokens, earlier_ids)
-            )
-        sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "drafting", progress)
-        for item, result in zip(work, results, strict=True):
-            slot, record = item.slot, item.record
-            record.draft_ids, record.draft_stop_id = rac.content_ids(result), rac.stop_id(result)
-            record.draft_kept = rac.kept_length(len(record.draft_ids), settings.cut, self._key(slot, Stream.CUT))
-            if record.draft_ids:
-                record.target_ids, record.target_kind = record.gold_ids, "reference"
-
-    def _rewrite(self, work: list[_Work], stats: RoundStats, progress: PhaseProgress) -> None:
+    def _draft(self, work: list[_Work], stats: RoundStats, on_done_of: OnDoneOf) -> None:
         settings = self.recipe.method.rac
         requests = []
         for item in work:
             slot, before = item.slot, item.before
-            earlier_ids = rac.sampled_ids(before.rewrite_ids, before.rewrite_stop_id) if before else []
-            cue_ids = self.chat.correction_ids(settings.rewrite_cue.replace("{reference}", slot.example.reference))
-            prompt_ids = slot.example.prompt_ids + item.record.draft_ids + cue_ids
-            budget = self.recipe.data.max_response_tokens
-            requests.append(self._free_request(slot, Stream.REWRITE, prompt_ids, budget, earlier_ids))
+            prompt_ids, budget = slot.example.prompt_ids, settings.max_draft_tokens
+            earlier = before.draft if before else None
+            requests.append(self._free_request(slot, Stream.DRAFT, prompt_ids, budget, earlier))
         sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "rewriting", progress)
+        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "drafting", on_done_of)
         for item, result in zip(work, results, strict=True):
-            record, gold = item.record, item.slot.example.reference
-            record.rewrite_ids, record.rewrite_stop_id = rac.content_ids(result), rac.stop_id(result)
-            draft_score = score(settings.metric, self.chat.decode(record.draft_ids), gold)
-            rewrite_score = score(settings.metric, self.chat.decode(record.rewrite_ids), gold)
+            slot, record = item.slot, item.record
+            sample = free_sample(result)
+            kept = rac.kept_length(len(sample.ids), settings.cut, self._key(slot, Stream.CUT))
+            record.draft = Draft(sample.ids, sample.stop_id, kept)
+            if sample.ids:
+                record.target = Target(record.gold_ids, "reference")
+
+    def _rewrite(self, work: list[_Work], stats: RoundStats, on_done_of: OnDoneOf) -> None:
+        settings = self.recipe.method.rac
+        requests = []
+        for item in work:
+            slot, before = item.slot, item.before
+            cue_ids = self.chat.correction_ids(settings.rewrite_cue.replace("{reference}", slot.example.gold_text))
+            prompt_ids = [*slot.example.prompt_ids, *_draft_ids(item), *cue_ids]
+            budget = self.recipe.data.max_response_tokens
+            earlier = before.rewrite if before else None
+            requests.append(self._free_request(slot, Stream.REWRITE, prompt_ids, budget, earlier))
+        sampling = self._sampling(settings, keep=self.chat.stop_ids)
+        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "rewriting", on_done_of)
+        for item, result in zip(work, results, strict=True):
+            record, gold = item.record, item.slot.example.gold_text
+            record.rewrite = free_sample(result)
+            draft_score = score_text(settings.metric, self.chat.decode(_draft_ids(item)), gold)
+            rewrite_score = score_text(settings.metric, self.chat.decode(record.rewrite.ids), gold)
             # A rewrite that ran out of tokens has no end to learn from.
             if result.stopped and rac.accept_rewrite(rewrite_score, draft_score):
-                record.target_ids = [*record.rewrite_ids, self.chat.turn_end_id]
-                record.target_kind = "rewrite"
+                record.target = Target([*record.rewrite.ids, self.chat.turn_end_id], "rewrite")
 
     def _free_request(
-        self, slot: Slot, stream: Stream, prompt_ids: list[int], max_tokens: int, earlier_ids: list[int]
+        self, slot: Slot, stream: Stream, prompt_ids: list[int], max_tokens: int, earlier: FreeSample | None
     ) -> Request:
-        """A draft or a rewrite; `earlier_ids` is that of the previous visit, [] when there was none."""
+        """A draft or a rewrite; `earlier` is that of the previous visit, None when there was none."""
+        earlier_ids = earlier.sampled_ids if earlier else []
         same_noise = self.recipe.selfgen.noise == "common" or self.recipe.method.rac.temperature == 0
-        return rac.free_request(
+        return free_request(
             prompt_ids,
             max_tokens,
             self._key(slot, stream),
@@ -216,19 +183,18 @@ class RoundGenerator:
         )
 
     def _sampling(self, settings: SamplingConfig, keep: frozenset[int] | tuple[int, ...]) -> Sampling:
-        banned = tuple(self.chat.banned_ids(self.vocab_size, keep=keep))
-        return Sampling(settings.temperature, settings.top_k, settings.top_p, banned)
+        return Sampling.of(settings, self.chat.banned_ids(self.vocab_size, keep=keep))
 
     def sequences(self, slot: Slot, record: Generated) -> list[Sequence]:
         """The training sequences of one slot: the example itself and, with RAC, its correction."""
-        sequences = [bss.context_sequence(slot.example, record.mixed_ids)]
-        if record.target_ids is not None:
-            rac_settings = self.recipe.method.rac
-            cue_ids = self.chat.correction_ids(rac_settings.correction_cue)
-            draft_ids = record.draft_ids[: record.draft_kept]
-            sequences.append(
-                rac.correction_sequence(
-                    slot.example, draft_ids, cue_ids, record.target_ids, rac_settings.correction_weight
-                )
-            )
+        sequences = [bss.context_sequence(slot.example, record.mixed.ids if record.mixed else None)]
+        if record.target and record.draft:
+            settings = self.recipe.method.rac
+            cue_ids, weight = self.chat.correction_ids(settings.correction_cue), settings.correction_weight
+            kept_ids, target_ids = record.draft.kept_ids, record.target.ids
+            sequences.append(rac.correction_sequence(slot.example, kept_ids, cue_ids, target_ids, weight))
         return sequences
+
+
+def _draft_ids(item: _Work) -> list[int]:
+    return item.record.draft.ids if item.record.draft else []

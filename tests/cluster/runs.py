@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from ssgen_ds.config import dump_recipe
+from ssgen_ds.recipe.load import dump_recipe
 from tests.support.launch import run, torchrun
 from tests.support.tiny_runs import tiny_recipe
 

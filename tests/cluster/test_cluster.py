@@ -1,4 +1,5 @@
-"""The scripts of `slurm/` through sbatch on a real cluster; F13 and F14 of FAULTS.md. Compared bit for bit.
+"""The scripts of `slurm/` through sbatch on a real cluster: faults F13 and F14 of docs/clusters.md. Runs are
+compared bitwise.
 
 The long ones are marked `faults`: `make test-faults`.
 """
@@ -113,6 +114,26 @@ def test_a_wrong_recipe_is_not_requeued(cluster: Cluster, inputs: Path) -> None:
     facts = cluster.finish(job)
     assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0")
     assert "train.lr" in cluster.log(job) and "Traceback" not in cluster.log(job)
+
+
+@pytest.mark.faults
+def test_two_steps_of_one_job_do_not_write_one_folder(cluster: Cluster, inputs: Path) -> None:
+    """F20: the second has the first's host and job id. It is refused while the first stands in a backward pass."""
+    run_dir, recipe = inputs / "runs" / "steps", recipe_file(inputs, "steps", deepspeed="ds_configs/zero0.json")
+    step = f"srun --overlap --ntasks=1 {sys.executable} -m ssgen_ds.train {recipe}"
+    script = (
+        f"SSGEN_FAULT=delay=60@backward:0:2 {step} & "
+        f"until [ -s {run_dir}/metrics.jsonl ]; do sleep 0.3; done; {step}; echo the second: $?; "
+        "wait $!; echo the first: $?"
+    )
+    log = cluster.folder / "job-%j.log"
+    job = cluster.run("sbatch", "--parsable", "--nodes=1", f"--output={log}", f"--wrap={script}")
+    assert cluster.finish(job, timeout=300)["ExitCode"] == "0:0", cluster.log(job)
+    log = cluster.log(job)
+    assert log.index("the second: 2") < log.index("the first: 0"), log
+    assert f"output_dir: {run_dir} is being written by process " in log and f", SLURM job {job}, at " in log
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
+    assert outcomes(run_dir) == [(0, "finished")]
 
 
 @pytest.mark.faults

@@ -1,64 +1,161 @@
 """Generation under ZeRO-3 on two real ranks, every parameter partitioned, in both strategies."""
 
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 
-from tests.distributed.shard_cases import STRATEGIES
+from ssgen_ds.errors import StopRequested
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.free import free_request
+from ssgen_ds.sampler.requests import Request
+from ssgen_ds.selfgen.bss import bss_request
+from ssgen_ds.train import fit_and_export
+from ssgen_ds.training.build import build_trainer
+from ssgen_ds.training.foundations import lay_foundations
+from ssgen_ds.training.step import train_step
+from tests.support.rank_runs import (
+    PARTITIONED,
+    a_window,
+    assert_generation_leaves_training_as_it_was,
+    fresh,
+    trainer_for,
+    uneven_answers,
+    zero,
+)
+from tests.support.ranks import ranks
+from tests.support.stopping import stopping
+
+STRATEGIES = ("sharded", "gathered")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@pytest.fixture(scope="module")
-def results(run_cases):
-    return run_cases("tests.distributed.shard_cases", 2)
+class FaultError(Exception):
+    """Raised on purpose."""
 
 
+def hooks_of(module: torch.nn.Module) -> list[Any]:
+    """Every hook of every module: its dictionary, number and identity, in order."""
+    dicts = [getattr(part, name) for part in module.modules() for name in _HOOKS]
+    return [(id(hooks), [(number, id(hook)) for number, hook in hooks.items()]) for hooks in dicts]
+
+
+def whole_layers(module: torch.nn.Module) -> tuple[int, ...]:
+    """Decoder layers of which some parameter is whole."""
+    layers = module.model.layers
+    whole = [i for i, one in enumerate(layers) if any(p.ds_status.name == "AVAILABLE" for p in one.parameters())]
+    return tuple(whole)
+
+
+def statuses(module: torch.nn.Module) -> list[str]:
+    return sorted({parameter.ds_status.name for parameter in module.parameters()})
+
+
+def some_requests() -> list[Request]:
+    return [free_request([5, 6, 7], 6 + 3 * i, 11 * i, frozenset({2})) for i in range(3)]
+
+
+@ranks(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_generation_leaves_training_as_it_was(results, strategy, adapter):
-    """With gradient checkpointing and dropout, to the bit."""
-    result = results[f"trace-{strategy}-{adapter}"]
-    assert result["with"] == result["without"]
-    assert result["same_weights"]
+def test_generation_leaves_training_as_it_was(world, folder, strategy, adapter):
+    assert_generation_leaves_training_as_it_was(world, folder, adapter, PARTITIONED, selfgen__strategy=strategy)
 
 
+@ranks(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("number", [1, 5])
-def test_tokens_are_those_of_whole_parameters(results, strategy, number):
-    assert results[f"uneven-{strategy}-{number}"] == results[f"uneven-local-{number}"]
+def test_tokens_are_those_of_whole_parameters(world, folder, strategy, number):
+    partitioned = uneven_answers(world, folder, number, deepspeed=PARTITIONED, selfgen__strategy=strategy)
+    assert partitioned == uneven_answers(world, folder, number, deepspeed=zero(0))
 
 
+class Watched:
+    """A trainer of which each forward of a layer is seen, and may fail."""
+
+    def __init__(self, world: Any, folder: Path, strategy: str) -> None:
+        settings = {"adapter__kind": "none", "deepspeed": PARTITIONED, "selfgen__strategy": strategy}
+        trainer = trainer_for(fresh(folder, f"parameters-{strategy}", world, **settings), world)
+        self.engine, self.sampler = trainer.engine, trainer.generator.sampler
+        self.module = trainer.engine.module
+        self.layers_whole: list[tuple[int, ...]] = []
+        self.until_error = 0  # forwards of a layer; none fails at 0
+
+        def look(*_: Any) -> None:
+            self.layers_whole.append(whole_layers(self.module))
+            if self.until_error:
+                self.until_error -= 1
+                if not self.until_error:
+                    raise FaultError
+
+        self.handles = [layer.mlp.register_forward_hook(look) for layer in self.module.model.layers]
+
+    def sample(self) -> list[list[int]]:
+        results, _, _ = self.sampler.sample(some_requests(), Sampling(), 1)
+        return [result.tokens for result in results]
+
+    def sample_with_an_error(self) -> bool:
+        """In the sixth forward of a layer; whether it came through."""
+        self.until_error = 6
+        try:
+            self.sample()
+        except FaultError:
+            return True
+        return False
+
+
+@ranks(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_hooks_and_partitions_come_back(results, strategy):
-    """Also after an error in the middle of a forward."""
-    result = results[f"parameters-{strategy}"]
-    assert result["strategy"] == strategy
-    assert result["before"] == result["after"] == result["after_error"] == ["NOT_AVAILABLE"]
-    assert result["same_hooks"]
-    assert result["caught"]
-    assert result["same_hooks_after_error"]
-    assert result["is_training"]
-    assert result["same_tokens"]
-    assert result["trains"]
+def test_hooks_and_partitions_come_back(world, folder, strategy):
+    """Also after an error in the middle of a forward, on all ranks."""
+    watched = Watched(world, folder, strategy)
+    train_step(watched.engine, a_window(world), 1e-2, world)
+    hooks = hooks_of(watched.module)
+    assert watched.sampler.strategy.name == strategy
+    assert statuses(watched.module) == ["NOT_AVAILABLE"]
+    tokens = watched.sample()
+    assert statuses(watched.module) == ["NOT_AVAILABLE"]
+    assert hooks_of(watched.module) == hooks
+    assert all(world.gather(watched.sample_with_an_error()))
+    assert statuses(watched.module) == ["NOT_AVAILABLE"]
+    assert hooks_of(watched.module) == hooks
+    assert watched.module.training
+    assert watched.sample() == tokens
+    for handle in watched.handles:
+        handle.remove()
+    assert train_step(watched.engine, a_window(world), 1e-2, world).loss > 0
 
 
-def test_sharded_holds_one_layer_at_a_time(results):
-    assert results["parameters-sharded"]["layers_whole"] == [[0], [1]]
-    assert results["parameters-gathered"]["layers_whole"] == [[0, 1]]
+@ranks(2)
+def test_sharded_holds_one_layer_at_a_time(world, folder):
+    for strategy, expected in (("sharded", [(0,), (1,)]), ("gathered", [(0, 1)])):
+        watched = Watched(world, folder, strategy)
+        watched.sample()
+        assert sorted(set(watched.layers_whole)) == expected
 
 
-def test_auto_block_is_agreed_measured_once_and_kept(results):
-    result = results["auto-block"]
-    assert result["chosen"][0] == result["chosen"][1]
-    assert result["strategy"] == "gathered"  # a tiny model fits
-    assert result["times"][0] == result["times"][1]
-    assert any("measured when the run began" in line for line in result["lines"])
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_gap_is_that_of_one_process(results, strategy):
-    """Its own contexts and another model's; a stop that one rank is asked for ends it on all."""
-    result = results[f"gap-{strategy}"]
-    assert result["same_contexts"]
-    assert result["largest_difference"] < 1e-4
-    assert result["shared_differs"]
-    assert result["digests"][0] == result["digests"][1]
-    assert result["stopped"] == [True, True]
-    assert result["statuses"] == ["NOT_AVAILABLE"]
+@ranks(2)
+def test_auto_block_is_agreed_measured_once_and_kept(world, folder):
+    """`block: auto` chooses the same number on all ranks; what it measured is used again after a resume."""
+    auto = {"selfgen__block": "auto", "selfgen__strategy": "auto"}
+    recipe = fresh(folder, "auto-block", world, method__name="bss", deepspeed=PARTITIONED, **auto)
+    with suppress(StopRequested):
+        fit_and_export(recipe, stopping(world))
+    world.barrier()
+    file = Path(recipe.output_dir) / "selfgen" / "call_cost.json"
+    written = file.stat().st_mtime_ns
+    trainer = build_trainer(lay_foundations(recipe, world), world)
+    requests = [bss_request(slot.example, 0.5, 7) for slot in trainer.rounds.slots_of(3)]
+    blocks, lines = trainer.generator.blocks, []
+    blocks.say = lines.append
+    with trainer.generator.sampler.ready():
+        chosen = world.gather([blocks.mixing(requests), blocks.drafting()])
+        trainer.generator.sampler.strategy.finish()
+    assert chosen[0] == chosen[1]
+    assert trainer.generator.sampler.strategy.name == "gathered"  # a tiny model fits
+    assert file.stat().st_mtime_ns == written
+    assert any("measured when the run began" in line for line in world.broadcast(lines))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ssgen_ds.config import dump_recipe
+from ssgen_ds.recipe.load import dump_recipe
 from tests.support.tiny_runs import make_inputs, tiny_recipe
 
 WriteRecipe = Callable[..., Path]

@@ -17,9 +17,9 @@ from bench.selfgen.rows import NOT_MEASURED, Row, times_better
 from bench.selfgen.single import accepted_share, different_rows
 from bench.selfgen.sizes import ROWS
 from ssgen_ds.modeling.cached import CachedCausalLM
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import sample_fixed_point
-from ssgen_ds.selfgen.requests import Request, Sampled
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.fixed_point import sample_fixed_point
+from ssgen_ds.sampler.requests import Request, Sampled
 from tests.support.launch import ROOT, run
 from tests.support.tiny_models import tiny_model
 

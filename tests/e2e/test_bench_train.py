@@ -22,7 +22,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     save_tiny_model("llama", folder / "model", vocab_size=98, max_position_embeddings=2048)
     sizes = Sizes(model=str(folder / "model"), lengths=(16, 64), examples=(50, 500), timeout_seconds=300, **TINY)
-    done = run.command(None, True, sizes, folder)
+    done = run.bench_train(None, True, sizes, folder)
     return json.loads((folder / "train-smollm2.json").read_text())["rows"], done
 
 
@@ -79,7 +79,7 @@ def test_the_sides_of_the_gpu_row_run_with_a_small_shape(tmp_path):
     sides = {name: run.side(f"gpu-{name}", sizes, tmp_path) for name in ("trl", "qlora")}
     sides["ours"] = sides["qlora"]
     assert all(side["tokens_per_second"] > 0 and side["peak_bytes"] > 0 for side in sides.values())
-    row = gpu.row(sides, gpu.operations(sizes), "NVIDIA H100 80GB HBM3")
+    row = gpu.table_row(sides, gpu.operations(sizes), "NVIDIA H100 80GB HBM3")
     assert row["checks"].keys() == {"MFU >= 45 %", "peak memory below TRL's"}
     assert row["ratio"]["tokens/s"] == sides["ours"]["tokens_per_second"] / sides["trl"]["tokens_per_second"]
     assert row["ours"]["QLoRA tokens/s"] == sides["qlora"]["tokens_per_second"]
@@ -97,9 +97,8 @@ def test_operations_of_a_token_are_counted_by_hand():
 def test_the_bar_of_the_gpu_row_needs_both_speed_and_memory():
     def checks(rate: float, peak: float) -> list[bool]:
         sides = {name: {"tokens_per_second": 1e3, "peak_bytes": 2e10} for name in ("trl", "qlora")}
-        return list(
-            gpu.row({"ours": {"tokens_per_second": rate, "peak_bytes": peak}, **sides}, 46e9, "H100")["checks"].values()
-        )
+        ours = {"tokens_per_second": rate, "peak_bytes": peak}
+        return list(gpu.table_row({"ours": ours, **sides}, 46e9, "H100")["checks"].values())
 
     assert checks(9700.0, 1.9e10) == [True, True]
     assert checks(9600.0, 2.1e10) == [False, False]

@@ -135,7 +135,7 @@ def test_evaluate_scores_what_generate_answers_and_compare_pairs_them(runs: Path
     )
     assert "26 examples" in results["full"].stdout and "ended by themselves" in results["full"].stdout
     assert results["full"].stderr == "" and "better" in results["lora"].stdout
-    (full,) = (runs / "full" / "evaluations").glob("*train.json")
+    full = runs / "full" / "evaluations" / "train-step4-tokens8.json"
     scores = json.loads(full.read_text())
     assert scores["kind"] == "evaluation" and scores["correction"] is None
     rows = answers(full.with_name(f"{full.stem}.predictions.jsonl"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ssgen_ds.selfgen.store import read_round
+from ssgen_ds.selfgen.round_file import read_round
 from tests.e2e.conftest import WriteRecipe, weights_hash
 from tests.support.launch import Finished, deepspeed, finish, run, start, torchrun
 
@@ -85,12 +85,35 @@ def test_a_finished_run_says_so(alone: dict[str, Finished], inputs: Path) -> Non
     assert weights_hash(inputs / "runs" / "ssgen") == before
 
 
+def test_a_run_on_a_file_system_that_is_read_only(alone: dict[str, Finished], inputs: Path, tmp_path: Path) -> None:
+    """Results that are shared: a finished run says so, one that is not is refused."""
+    run_dir = inputs / "runs" / "ssgen"
+    command = [SSGEN, "train", str(inputs / "ssgen.yaml"), f"output_dir={tmp_path}"]
+    mounted = subprocess.run(["mount", "--bind", str(run_dir), str(tmp_path)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"this user cannot mount: {mounted.stderr.strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(tmp_path)], check=True)
+        finished = run(command, LIMIT)
+        changed = run([*command, "train.lr=0.5"], LIMIT)
+        (run_dir / "finished.json").rename(inputs / "finished.json")
+        unfinished = run(command, LIMIT)
+        (inputs / "finished.json").rename(run_dir / "finished.json")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert (finished.returncode, finished.stderr) == (0, "") and "this run is finished" in finished.stdout
+    assert changed.returncode == 2 and "train.lr: 0.01 -> 0.5" in changed.stderr
+    assert unfinished.returncode == 2, unfinished
+    assert f"output_dir: {tmp_path} cannot be written to: Read-only file system; name another" in unfinished.stderr
+    assert unfinished.stderr.count("\n") == 1
+
+
 def test_user_errors_exit_2_with_one_message(inputs: Path, write_recipe: WriteRecipe) -> None:
     recipe = str(write_recipe("wrong", data__train=str(inputs / "nosuch.jsonl")))
     commands = {
         "recipe": [SSGEN, "train", recipe, "train.learning_rate=1", "train.lr=0"],
         "data": [SSGEN, "train", recipe],
-        "deepspeed": deepspeed("ssgen_ds.train", recipe),
+        "deepspeed": deepspeed("ssgen_ds.train", recipe, "model.path=./nowhere", "deepspeed=nowhere.json"),
     }
     processes = {name: start(command) for name, command in commands.items()}
     results = {name: finish(process, LIMIT) for name, process in processes.items()}
@@ -100,7 +123,10 @@ def test_user_errors_exit_2_with_one_message(inputs: Path, write_recipe: WriteRe
         assert (result.stderr + result.stdout).count("error: ") == 1, result
     assert "2 problems" in results["recipe"].stderr
     assert "did you mean train.lr?" in results["recipe"].stderr
-    assert "nosuch.jsonl" in results["deepspeed"].stderr
+    told = results["deepspeed"].stderr
+    assert "3 problems" in told, "one start tells everything, on two ranks as on one"
+    for message in ("data.train: no such file", "model.path: ./nowhere: no such file", "deepspeed: no such file"):
+        assert told.count(message) == 1, told
     assert not (inputs / "runs" / "wrong").exists(), "a refused run leaves nothing behind"
 
 

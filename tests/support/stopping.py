@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ssgen_ds.distributed import World
-from ssgen_ds.phases import Phases
-from ssgen_ds.signals import StopFlag
+from ssgen_ds.distributed.phases import Phases
+from ssgen_ds.distributed.signals import StopFlag
+from ssgen_ds.distributed.world import World
 
 
 @dataclass

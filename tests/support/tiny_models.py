@@ -24,6 +24,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_GROUPED, "tie_word_embeddings": False},
     "gpt_neox": _SHAPE,
     "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 16},
+    "phi3": {**_GROUPED, "head_dim": 8, "pad_token_id": 0},
     "mistral": {**_GROUPED, "sliding_window": 8},
     "cohere": _GROUPED,
     "granite": {**_GROUPED, "logits_scaling": 4.0},

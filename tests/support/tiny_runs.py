@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ssgen_ds.config import Recipe, parse_recipe
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.recipe.schema import Recipe
 from tests.support.tiny_models import save_tiny_model
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "sun", "moon", "tree", "fish"]
@@ -29,7 +30,12 @@ def tiny_recipe(folder: Path, output: Path | str, **overrides: Any) -> Recipe:
     """A recipe over `make_inputs`' folder; overrides are dotted with double underscores (`train__lr=1e-3`)."""
     raw: dict[str, Any] = {
         "model": {"path": str(folder / "llama")},
-        "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 48, "max_response_tokens": 40},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "max_prompt_tokens": 48,
+            "max_response_tokens": 40,
+            "ignore_fields": ["blank"],
+        },
         "method": {"bss": {"schedule": "constant", "mix_rate": 0.3}, "rac": {"max_draft_tokens": 8}},
         "train": {"max_steps": 4, "global_batch": 6, "micro_batch": 2, "lr": 1e-2, "warmup": 0, "schedule": "constant"},
         "deepspeed": "ds_configs/zero0.json",

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssgen_ds.config import FREE_ON_RESUME, parse_recipe
-from ssgen_ds.data.loader import build_datasets
+from ssgen_ds.data.datasets import build_datasets
 from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.recipe.load import may_change, parse_recipe
 from tests.support.recipe_keys import recipe_keys
 from tests.unit.data.helpers import CHATML, byte_tokenizer
 
 DOCS = Path("docs")
-PAGES = [Path("README.md"), *sorted(DOCS.glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("CHANGELOG.md"), *sorted(DOCS.glob("*.md"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_keys_that_may_change_when_a_run_goes_on():
     said = {
         key for key in keys if any(key == name or (name[-1] == "*" and key.startswith(name[:-1])) for name in names)
     }
-    assert said == {key for key in keys if key.startswith(FREE_ON_RESUME)}
+    assert said == {key for key in keys if may_change(key)}
 
 
 def test_the_smallest_recipe_is_one():
@@ -99,10 +99,10 @@ def test_the_data_examples_are_read(tmp_path, monkeypatch):
             assert "/" in recipe.data.train[0].path
             continue
         read = build_datasets(recipe, ChatFormat(chatml, recipe.data), tmp_path / f"cache{number}")
-        examples = len(read.plan.batch(0)) if recipe.data.streaming else read.plan.examples_per_epoch
+        examples = len(read.plan.batch(1)) if recipe.data.streaming else read.plan.examples_per_epoch
         assert examples == expected[0]
         assert read.summary.items() >= expected[1].items()
-        assert all(item.example.response_ids[-1] == chatml.eos_token_id for item in read.plan.batch(0))
+        assert all(item.example.response_ids[-1] == chatml.eos_token_id for item in read.plan.batch(1))
 
 
 def test_the_costs_in_the_tuning_guide_are_those_that_were_measured():
@@ -133,8 +133,8 @@ def test_the_costs_in_the_tuning_guide_are_those_that_were_measured():
     assert "{} tokens a second on two ranks where the model is gathered, {} where".format(*drafts) in text
 
 
-def test_the_readme_says_of_quality_what_the_studies_found():
-    results, rows = Path("bench/results"), Path("README.md").read_text(encoding="utf-8").splitlines()
+def test_the_pages_say_of_quality_what_the_studies_found():
+    results, rows = Path("bench/results"), (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
     tasks = json.loads((results / "study-controlled.json").read_text())["tasks"]
     expected = []
     for task in ("reverse", "sort", "sums"):
@@ -150,7 +150,10 @@ def test_the_readme_says_of_quality_what_the_studies_found():
     numbers = [f"{row['rougeL']['mean']:.3f}" for row in (real["SFT"], bss)]
     expected.append(f"| {numbers[0]} | {numbers[1]} | {change[0]} [{change[1]}, {change[2]}] |")
     for line in expected:
-        assert any(row.endswith(line) for row in rows), f"README.md should say: {line}"
+        assert any(row.endswith(line) for row in rows), f"docs/results.md should say: {line}"
+    said = " ".join(Path("README.md").read_text(encoding="utf-8").split())
+    interval = f"{change[0]} with a 95 % interval of [{change[1]}, {change[2]}]"
+    assert f"{numbers[0]} with SFT, {numbers[1]} with BSS, a difference of {interval}" in said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

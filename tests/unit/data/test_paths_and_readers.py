@@ -93,7 +93,8 @@ def test_json_array_object_and_neither(tmp_path: Path) -> None:
         file.write_text(json.dumps(content))
         assert rows(file) == [("t.json: item 1", {"a": 1}), ("t.json: item 2", {"a": 2})]
     file.write_text('{"a": [1], "b": [2]}')
-    assert rows(file) == [("t.json", "expected an array, or an object that holds a single list")]
+    ((where, what),) = rows(file)
+    assert where == "t.json" and "expected an array" in what and "2 lists: write it row by row" in what
     file.write_text("3")
     assert rows(file) == [("t.json", "expected an array of objects, got int")]
 
@@ -124,3 +125,105 @@ def test_parquet_rows_across_batches(tmp_path: Path) -> None:
     file.write_bytes(b"no parquet at all")
     assert len(rows(file)) == 1
     assert rows(file)[0][0] == "t.parquet" and rows(file)[0][1].startswith("not readable as parquet")
+
+
+LINES = b'{"a": 1}\n{"a": 2}\n'
+
+
+def test_what_a_json_file_holds_counts_not_its_name(tmp_path: Path) -> None:
+    lines, array = tmp_path / "t.json", tmp_path / "t.jsonl"
+    lines.write_bytes(LINES)
+    assert rows(lines) == [("t.json:1", {"a": 1}), ("t.json:2", {"a": 2})]
+    array.write_text('\n[{"a": 1},\n{"a": 2}]')
+    assert rows(array) == [("t.jsonl: item 1", {"a": 1}), ("t.jsonl: item 2", {"a": 2})]
+    for file in (lines, array):
+        file.write_bytes(LINES.decode().encode("utf-16"))
+        assert [row for _, row in rows(file)] == [{"a": 1}, {"a": 2}]
+    array.write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="begins like UTF-16, but is not"):
+        rows(array)
+
+
+def test_a_key_or_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"a": 1, "a": 2}\n{"m": [{"b": 1, "b": 1}]}\n{"a": 3}')
+    assert rows(file) == [
+        ("t.jsonl:1", "the key 'a' stands twice in one object"),
+        ("t.jsonl:2", "the key 'b' stands twice in one object"),
+        ("t.jsonl:3", {"a": 3}),
+    ]
+    table = tmp_path / "t.csv"
+    table.write_text("a,b,a \n1,2,3\n")
+    with pytest.raises(UserError, match=r"t\.csv:1: the header names the column 'a' twice"):
+        rows(table)
+    columns = tmp_path / "t.parquet"
+    pa.parquet.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), columns)
+    with pytest.raises(UserError, match="has the column 'a' twice"):
+        rows(columns)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"q,a\nx,1\ny z,2\n",
+        b' q, a\nx, 1\n"y z", 2\n',
+        b'q;a\nx;1\n"y z";2\n',
+        b"sep=;\r\nq;a\r\nx;1\r\ny z;2\r\n",
+        b"q\ta\nx\t1\ny z\t2\n",
+        b"q,a\rx,1\ry z,2\r",
+        "q,a\nx,1\ny z,2\n".encode("utf-16"),
+        b"\xef\xbb\xbfq,a\nx,1\ny z,2\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "t.CSV"
+    file.write_bytes(content)
+    assert [row for _, row in rows(file)] == [{"q": "x", "a": "1"}, {"q": "y z", "a": "2"}]
+
+
+def test_a_quote_never_swallows_rows_without_a_word(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text('q,a\n"one,1\n"two",2\nthree,3\n')
+    found = rows(file)
+    assert found[0][0] == "t.csv:2" and "lines 2 to 3 are read as one row" in found[0][1]
+    assert found[1:] == [("t.csv:4", {"q": "three", "a": "3"})]
+    file.write_text('q,a\n"one,1\ntwo,2"\nthree,3\n')
+    assert "1 cells, but the header names 2 columns (lines 2 to 3 are one row" in rows(file)[0][1]
+    file.write_text('q,a\nzero,0\n"one,1\ntwo,2\n')
+    with pytest.raises(UserError, match=r"t\.csv:3: a quote that opens in this row is never closed.*to line 4"):
+        rows(file)
+
+
+def test_null_keys_of_parquet_structs_are_no_keys(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    message = {"role": "user", "content": "hi", "name": None, "calls": [{"f": "x", "g": None}, None]}
+    pa.parquet.write_table(pa.table({"messages": [[message]], "note": pa.array([None], pa.string())}), file)
+    wanted = {"role": "user", "content": "hi", "calls": [{"f": "x"}, None]}
+    assert rows(file) == [("t.parquet: row 1", {"messages": [wanted], "note": None})]
+
+
+def test_folders_as_people_have_them(tmp_path: Path) -> None:
+    folder, other = tmp_path / "d", tmp_path / "other"
+    for name in (
+        "d/train.JSONL", "d/sub/b.Parquet", "d/._train.jsonl", "d/.ipynb_checkpoints/train-checkpoint.jsonl",
+        "d/.cache/x.jsonl", "d/dataset_infos.json", "d/README.md", "other/c.csv",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (folder / "again.jsonl").symlink_to(folder / "train.JSONL")
+    (folder / "linked").symlink_to(other)
+    (folder / "sub" / "up").symlink_to(folder)
+    wanted = [folder / "linked" / "c.csv", folder / "sub" / "b.Parquet", folder / "train.JSONL"]
+    assert resolve_path(str(folder)) == wanted
+    assert resolve_path(f"{tmp_path}/d*") == wanted  # a glob that matches a folder
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"gone\.jsonl: the link leads nowhere"):
+        resolve_path(str(folder))
+    (folder / "gone.jsonl").unlink()
+    (folder / "part-2.jsonl.gz").touch()
+    with pytest.raises(UserError, match=r"part-2\.jsonl\.gz: looks like data, but \.gz is not read"):
+        resolve_path(str(folder))
+    for name in ("state.json", "dataset_info.json"):
+        (other / name).touch()
+    with pytest.raises(UserError, match=r"written by datasets' save_to_disk.*to_parquet"):
+        resolve_path(str(other))

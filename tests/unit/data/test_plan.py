@@ -4,15 +4,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssgen_ds.config import SourceConfig
-from ssgen_ds.data.plan import Draw, StepPlan, permutation, shard_by_length
+from ssgen_ds.data.plan import Purpose, StepPlan, permutation
 from ssgen_ds.data.store import build_store
 from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.recipe.schema import SourceConfig
 from tests.unit.data.helpers import data_config
 
 
@@ -36,27 +35,27 @@ def plan_of(chatml, tmp_path: Path):
 
 def epoch_of(plan: StepPlan, epoch: int) -> list[tuple[str, int]]:
     """(id, visit) of every item of an epoch, in order."""
-    first = epoch * plan.steps_per_epoch
+    first = epoch * plan.steps_per_epoch + 1
     return [(i.example.id, i.visit) for step in range(first, first + plan.steps_per_epoch) for i in plan.batch(step)]
 
 
 def test_an_epoch_is_every_example_once_and_epochs_differ(plan_of) -> None:
     plan = plan_of((10, 1.0))
     assert plan.steps_per_epoch == 3
-    assert [len(plan.batch(step)) for step in range(4)] == [4, 4, 2, 4]  # the last window is kept
+    assert [len(plan.batch(step)) for step in range(1, 5)] == [4, 4, 2, 4]  # the last window is kept
     first, second = epoch_of(plan, 0), epoch_of(plan, 1)
     assert sorted(first) == sorted((f"0-{i}", 0) for i in range(10))
     assert sorted(second) == sorted((f"0-{i}", 1) for i in range(10))
     assert [i for i, _ in first] != [i for i, _ in second] != sorted(i for i, _ in second)
-    assert [plan.epoch(step) for step in (0, 2, 3)] == [0, 0, 1]
-    assert {item.epoch for item in plan.batch(3)} == {1}
+    assert [plan.epoch(step) for step in (1, 3, 4)] == [0, 0, 1]
+    assert {item.epoch for item in plan.batch(4)} == {1}
 
 
 def test_steps_are_random_access_and_depend_on_the_seed_alone(plan_of) -> None:
     plan, again, other = plan_of((10, 1.0)), plan_of((10, 1.0)), plan_of((10, 1.0), seed=1)
-    forward = [plan.batch(step) for step in range(7)]
-    assert [again.batch(step) for step in reversed(range(7))] == forward[::-1]
-    assert [other.batch(step) for step in range(7)] != forward
+    forward = [plan.batch(step) for step in range(1, 8)]
+    assert [again.batch(step) for step in reversed(range(1, 8))] == forward[::-1]
+    assert [other.batch(step) for step in range(1, 8)] != forward
 
 
 def test_mixture_by_hand(plan_of) -> None:
@@ -102,38 +101,6 @@ PINNED = [1, 4, 6, 2, 7, 0, 3, 5]
 
 def test_permutation_is_pinned() -> None:
     """Resume relies on the order: it must not change with numpy or by accident."""
-    assert permutation(7, 8, Draw.EPOCH_ORDER, 2).tolist() == PINNED
-    assert sorted(permutation(7, 8, Draw.EPOCH_ORDER, 3)) == list(range(8))
-    assert permutation(7, 8, Draw.EPOCH_ORDER, 3).tolist() != PINNED
-
-
-def test_shard_by_hand() -> None:
-    assert shard_by_length([5, 1, 4, 2], 1, 2) == [[[0, 2], [3, 1]]]
-    assert shard_by_length([5, 1, 4, 2], 2, 4) == [[[0, 2]], [[3, 1]]]
-    # Two rounds: 9 and 8 first, then the shorter of the rest goes to the rank that got 9.
-    assert shard_by_length([9, 8, 3, 1], 2, 1) == [[[0], [3]], [[1], [2]]]
-    assert shard_by_length([], 2, 4) == [[], []]
-    assert shard_by_length([7], 3, 4) == [[[0]], [], []]
-
-
-@given(lengths=st.lists(st.integers(1, 500), max_size=60), world=st.integers(1, 9), micro_batch=st.integers(1, 8))
-def test_shards_partition(lengths: list[int], world: int, micro_batch: int) -> None:
-    shards = shard_by_length(lengths, world, micro_batch)
-    assert len(shards) == world
-    dealt = [index for rank in shards for micro in rank for index in micro]
-    assert sorted(dealt) == list(range(len(lengths)))
-    assert all(1 <= len(micro) <= micro_batch for rank in shards for micro in rank)
-    counts = [len(rank) for rank in shards]
-    assert max(counts) - min(counts) <= (1 if len(lengths) < max(counts) * world else 0)
-    assert max(counts) == -(-len(lengths) // (micro_batch * world))  # no more micro batches than needed
-    # Balance: ranks differ by no more than the two heaviest micro batches' worth.
-    tokens = [sum(lengths[i] for micro in rank for i in micro) for rank in shards]
-    heaviest = max((sum(lengths[i] for i in micro) for rank in shards for micro in rank), default=0)
-    assert max(tokens) - min(tokens) <= heaviest
-
-
-@given(st.integers(0, 2**31 - 1), st.integers(1, 6))
-def test_shards_of_any_world_hold_the_same_examples(seed: int, world: int) -> None:
-    lengths = np.random.default_rng(seed).integers(1, 99, 24).tolist()
-    alone = {i for micro in shard_by_length(lengths, 1, 4)[0] for i in micro}
-    assert {i for rank in shard_by_length(lengths, world, 4) for micro in rank for i in micro} == alone
+    assert permutation(7, 8, Purpose.EPOCH_ORDER, 2).tolist() == PINNED
+    assert sorted(permutation(7, 8, Purpose.EPOCH_ORDER, 3)) == list(range(8))
+    assert permutation(7, 8, Purpose.EPOCH_ORDER, 3).tolist() != PINNED

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssgen_ds.config import SourceConfig
 from ssgen_ds.data.readers import BadRow
 from ssgen_ds.data.records import BadRows, Record, RecordMaker, content_hash, parse_template, render_template
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.schema import SourceConfig
 from tests.unit.data.helpers import data_config
 
 USER = {"role": "user", "content": "q"}
@@ -25,7 +25,7 @@ def make(row: dict, needs_response: bool = True, source: dict | None = None, **d
         {"prompt": "q", "completion": "a"},
         {"prompt": [USER], "completion": [ANSWER]},
         {"prompt": [USER], "completion": "a"},
-        {"messages": [USER, ANSWER | {"extra": 1}]},
+        {"messages": [USER, ANSWER | {"name": None}]},
         {"messages": [USER, ANSWER], "prompt": "as in ultrachat"},
     ],
 )

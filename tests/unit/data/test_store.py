@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssgen_ds.config import SourceConfig
 from ssgen_ds.data import store as store_module
-from ssgen_ds.data.store import Store, build_store, id_hash, split_store
+from ssgen_ds.data.store import Store, build_store, split_store
+from ssgen_ds.data.store_writer import id_hash
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.schema import SourceConfig
 from tests.unit.data.helpers import data_config
 
 
@@ -35,7 +36,7 @@ def test_examples_come_back_as_encoded(build, chatml, write_jsonl) -> None:
     chat = ChatFormat(chatml, data_config())
     assert len(store) == len(list(store)) == 600  # more than two batches on disk
     example = store[513]
-    assert (example.id, example.reference, example.prompt_loss_mask) == ("n513", "a513", None)
+    assert (example.id, example.gold_text, example.prompt_loss_mask) == ("n513", "a513", None)
     assert chat.decode(example.prompt_ids) == "<|im_start|>user\nq513<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(example.response_ids) == "a513<|im_end|>"
     assert store.where(513) == f"{file}:514"
@@ -118,9 +119,9 @@ def test_one_id_means_one_content(build, write_jsonl) -> None:
 def test_split_is_stable_and_keeps_equal_ids_together(build, write_jsonl) -> None:
     rows = rows_of(400)
     train, evaluation = split_store(build(write_jsonl(rows + rows[:50])), 0.25)
-    ids = {example.id for example in evaluation}
+    ids = {example.id.removesuffix("#2") for example in evaluation}
     assert 70 < len(ids) < 130 and len(train) + len(evaluation) == 450
-    assert ids.isdisjoint(example.id for example in train)
+    assert ids.isdisjoint(example.id.removesuffix("#2") for example in train)
     _, reordered = split_store(build(write_jsonl(rows[::-1], "reversed.jsonl")), 0.25)
     assert {example.id for example in reordered} == ids
     assert train.fingerprint != evaluation.fingerprint
@@ -145,22 +146,21 @@ def test_conversations_without_a_template_are_the_recipes_fault(plain, write_jso
 def test_a_faster_process_wins(build, write_jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both write the same store; the slower finds it in place."""
     file = write_jsonl(rows_of(3))
-    write = store_module._write
+    write = store_module.write_examples
 
     def slow_write(folder: Path, *arguments: object) -> None:
-        monkeypatch.setattr(store_module, "_write", write)
+        monkeypatch.setattr(store_module, "write_examples", write)
         build(file)
         write(folder, *arguments)
 
-    monkeypatch.setattr(store_module, "_write", slow_write)
+    monkeypatch.setattr(store_module, "write_examples", slow_write)
     assert len(build(file)) == 3
 
 
 GROW = """
 import resource, sys
 from pathlib import Path
-import pyarrow as pa
-from ssgen_ds.data.store import ROWS_PER_BATCH, SCHEMA, Store
+from ssgen_ds.data.store import Store
 folder = Path(sys.argv[1])
 def rss():
     return int(Path("/proc/self/statm").read_text().split()[0]), int(
@@ -189,3 +189,41 @@ def test_part_of_a_part(build, write_jsonl) -> None:
     part = store.part(np.array([8, 2, 5])).part(np.array([2, 0]))
     assert [example.id for example in part] == ["n5", "n8"]
     assert part.where(0).endswith(":6")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(chatml, write_jsonl, monkeypatch) -> None:
+    data = data_config(write_jsonl(rows_of(3)))
+    with pytest.raises(UserError, match=r"^data.train: .* cannot be kept in /proc/none/data: .*set SSGEN_CACHE"):
+        build_store(data.train, data, ChatFormat(chatml, data), Path("/proc/none/data"))
+
+
+@pytest.mark.parametrize("named", [None, "store-1/examples.arrow"])
+def test_a_full_disk_under_the_cache_is_named(chatml, write_jsonl, tmp_path, monkeypatch, named) -> None:
+    def no_room(*args: object) -> None:
+        raise OSError(28, "No space left on device", *([] if named is None else [str(tmp_path / named)]))
+
+    monkeypatch.setattr(store_module, "write_examples", no_room)
+    data = data_config(write_jsonl(rows_of(3)))
+    with pytest.raises(UserError, match=rf"cannot be kept in {tmp_path}: No space left on device; set SSGEN_CACHE"):
+        build_store(data.train, data, ChatFormat(chatml, data), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"], "nothing half is left"
+
+
+def test_another_file_that_cannot_be_read_speaks_for_itself(chatml, write_jsonl, tmp_path, monkeypatch) -> None:
+    def forbidden(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "/elsewhere/rows.jsonl")
+
+    monkeypatch.setattr(store_module, "write_examples", forbidden)
+    data = data_config(write_jsonl(rows_of(3)))
+    with pytest.raises(PermissionError, match=r"/elsewhere/rows\.jsonl"):
+        build_store(data.train, data, ChatFormat(chatml, data), tmp_path / "cache")
+
+
+def test_the_longest_example_is_known_without_reading_any(build, write_jsonl, monkeypatch) -> None:
+    rows = rows_of(600)
+    rows[300] = {"prompt": "long " * 9, "completion": "a", "id": "n300"}
+    file = write_jsonl(rows)
+    wanted = max(len(example.prompt_ids) + len(example.response_ids) for example in build(file))
+    again = build(file)
+    monkeypatch.setattr(again, "_reader", None)
+    assert again.longest == wanted == len(build(file)[300].prompt_ids) + 2

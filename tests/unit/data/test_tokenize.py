@@ -1,5 +1,6 @@
 """Token ids: the prompt is a prefix, labels cover the response, and turns end in exactly one end token."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_a_message_that_the_template_refuses_is_a_bad_row(chatml: PreTrainedToke
 def test_end_tokens_in_the_data(chatml: PreTrainedTokenizerFast) -> None:
     chat = ChatFormat(chatml, data_config())
     example = chat.encode(record("hi", "yo<|im_end|><|im_end|>"))
-    assert chat.decode(example.response_ids) == "yo<|im_end|>" and example.reference == "yo"
+    assert chat.decode(example.response_ids) == "yo<|im_end|>" and example.gold_text == "yo"
     with pytest.raises(BadRow, match="before its end"):
         chat.encode(record("hi", "yo<|im_end|> more"))
     with pytest.raises(BadRow, match="empty but for its end token"):
@@ -155,7 +156,7 @@ def test_truncation_by_hand(chatml: PreTrainedTokenizerFast) -> None:
     example = chat.encode(record("abcdefghij", "vwxyz"))
     assert chat.decode(example.prompt_ids) == "<|im_start|>user\nabcd<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(example.response_ids) == "vwx"  # no end token: the answer did not end here
-    assert (example.truncated, example.prompt_truncated, example.reference) == (True, True, "vwxyz")
+    assert (example.truncated, example.prompt_truncated, example.gold_text) == (True, True, "vwxyz")
     fits = chat.encode(record("abcd", "vw"))
     assert chat.decode(fits.response_ids) == "vw<|im_end|>" and not fits.truncated and not fits.prompt_truncated
     assert chat.decode(chat.encode(record("abcd", "vwx")).response_ids) == "vwx"
@@ -210,3 +211,17 @@ def test_fingerprint_follows_template_and_stops(chatml: PreTrainedTokenizerFast,
     ]
     assert len({chat.fingerprint() for chat in formats}) == 3
     assert formats[0].fingerprint() == ChatFormat(chatml, data_config()).fingerprint()
+
+
+def test_a_token_without_an_embedding_is_named_and_one_that_no_text_has_does_no_harm(chatml):
+    beyond, tokenizer = len(chatml), copy.deepcopy(chatml)
+    tokenizer.add_tokens(["<|mark|>", "[PAD]"], special_tokens=True)
+    chat = ChatFormat(tokenizer, data_config(), embedding_rows=beyond)
+    assert chat.encode(record("hi", "yo")).response_ids[-1] == IM_END
+    for turns in (("hi", "a <|mark|>"), ("<|mark|>", "yo")):
+        with pytest.raises(BadRow, match=rf"'<\|mark\|>' \({beyond}\) has no row in the model's embedding"):
+            chat.encode(record(*turns))
+    assert "<|mark|>" in chat.beyond_embedding(chat.correction_ids("Mind <|mark|>."))
+    assert max(chat.banned_ids(beyond)) < beyond
+    for rows in (None, beyond + 2):  # nobody looks tokens up; the model has a row for each
+        assert ChatFormat(tokenizer, data_config(), embedding_rows=rows).encode(record("hi", "<|mark|>")).response_ids

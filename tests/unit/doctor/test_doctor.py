@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ssgen_ds.cli import app
 from ssgen_ds.doctor import environment
 from ssgen_ds.doctor.run import examine
-from tests.distributed.recipe_cases import RECIPES
+from tests.support.shipped_recipes import RECIPES
 from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
 
 TEMPLATE = (

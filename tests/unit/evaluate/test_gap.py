@@ -12,21 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssgen_ds.config import ModelConfig
 from ssgen_ds.data.tokenize import Example
-from ssgen_ds.distributed import World
+from ssgen_ds.data.window import Packing, build_window
+from ssgen_ds.distributed.world import World
 from ssgen_ds.errors import NonFiniteError, UserError
-from ssgen_ds.evaluate.answers import answer_key
-from ssgen_ds.evaluate.gap import GapSettings, Measurement, Scores, context_key, measure, score
-from ssgen_ds.evaluate.gap_figure import gap_curves, save_figure, spread
+from ssgen_ds.evaluate.gap import base_of, check_examples, find_folder, parse_rates, unique_names
+from ssgen_ds.evaluate.gap_measure import GapSettings, Measurement, Scores, context_key, measure, score_gold
 from ssgen_ds.evaluate.gap_numbers import Resamples, gap_result, position_edges
-from ssgen_ds.gap import base_of, check_examples, find_folder, parse_rates, unique_names
-from ssgen_ds.references import Reference
+from ssgen_ds.evaluate.gold_loss import window_loss
+from ssgen_ds.inference.answers import answer_key
+from ssgen_ds.inference.model_source import ModelSource
+from ssgen_ds.recipe.schema import ModelConfig
+from ssgen_ds.report.gap_figure import gap_curves, save_figure, spread
+from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+from ssgen_ds.sampler.noise import Stream, sequence_key
 from ssgen_ds.selfgen.bss import context_sequence, draw_coins
-from ssgen_ds.selfgen.engine_sampler import BatchLimit, EngineSampler
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.step import evaluation_loss
-from ssgen_ds.window import Packing, build_window
 from tests.support.tiny_models import tiny_model
 from tests.support.tiny_runs import tiny_recipe
 
@@ -64,7 +64,7 @@ OTHER = {A: {C: 0.5, B: 0.25}, B: {A: 0.5, C: 0.25}, C: {B: 0.5, END: 0.125}}
 
 
 def example(name: str, prompt: list[int], response: list[int]) -> Example:
-    return Example(name, prompt, None, response, truncated=False, reference="x")
+    return Example(name, prompt, None, response, truncated=False, gold_text="x")
 
 
 EXAMPLES = [example("one", [B, A], [C, B, A, END]), example("two", [C], [A, END]), example("three", [A, B, A], [B])]
@@ -118,8 +118,8 @@ def random_examples() -> list[Example]:
 def test_rate_0_is_the_evaluation_loss_of_training(world: World, rows: int) -> None:
     model, examples = tiny_model("llama"), random_examples()
     sequences = [context_sequence(item, None) for item in examples]
-    loss = evaluation_loss(SimpleNamespace(module=model), build_window(sequences, Packing(3), 0, 1, "cpu"), world)
-    [scores] = score(sampler_of(model, world, rows), examples, [[item.response_ids for item in examples]])
+    loss = window_loss(model, build_window(sequences, Packing(3), 0, 1, "cpu"), world)
+    [scores] = score_gold(sampler_of(model, world, rows), examples, [[item.response_ids for item in examples]])
     assert [len(item.nll_T) for item in scores] == [len(item.response_ids) for item in examples]
     assert np.concatenate([item.nll_T for item in scores]).mean() == pytest.approx(loss, rel=1e-5)
 
@@ -129,10 +129,10 @@ def test_several_contexts_after_one_prompt_are_what_each_is_alone(
     world: World, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain forwards; logits in chunks of three rows."""
-    monkeypatch.setattr("ssgen_ds.evaluate.gap.CHUNK_LOGITS", 3 * 96)
+    monkeypatch.setattr("ssgen_ds.evaluate.gap_measure.CHUNK_LOGITS", 3 * 96)
     model, examples, draw = tiny_model(family), random_examples(), np.random.default_rng(4)
     contexts = [[draw.integers(3, 90, len(item.response_ids)).tolist() for item in examples] for _ in range(3)]
-    for texts, scores in zip(contexts, score(sampler_of(model, world, 4), examples, contexts), strict=True):
+    for texts, scores in zip(contexts, score_gold(sampler_of(model, world, 4), examples, contexts), strict=True):
         for item, context, found in zip(examples, texts, scores, strict=True):
             with torch.no_grad():
                 logits_LV = model(input_ids=torch.tensor([item.prompt_ids + context]), use_cache=False).logits[0]
@@ -166,7 +166,7 @@ def test_a_model_that_overflows_ends_with_a_message(world: World) -> None:
     with torch.no_grad():
         model.lm_head.weight[0, A] = math.inf
     with pytest.raises(NonFiniteError, match="a gold token is not finite"):
-        score(sampler_of(model, world), EXAMPLES, [[item.response_ids for item in EXAMPLES]])
+        score_gold(sampler_of(model, world), EXAMPLES, [[item.response_ids for item in EXAMPLES]])
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -303,17 +303,17 @@ def test_folders(tmp_path: Path) -> None:
 
 def test_the_base_of_a_run_is_what_it_was_trained_from(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "o", adapter__kind="lora", model__adapter_path="a")
-    trained = Reference(recipe.model, adapter=Path("o/model"), recipe=recipe)
-    assert base_of(trained) == Reference(recipe.model, adapter=Path("a"), recipe=recipe)
-    assert base_of(Reference(ModelConfig(path="m"), adapter=Path("x"))) == Reference(ModelConfig(path="m"))
-    assert base_of(Reference(ModelConfig(path="m"))) is None
+    trained = ModelSource(recipe.model, adapter=Path("o/model"), recipe=recipe)
+    assert base_of(trained) == ModelSource(recipe.model, adapter=Path("a"), recipe=recipe)
+    assert base_of(ModelSource(ModelConfig(path="m"), adapter=Path("x"))) == ModelSource(ModelConfig(path="m"))
+    assert base_of(ModelSource(ModelConfig(path="m"))) is None
 
 
 def test_rows_without_a_response_or_too_long_are_named() -> None:
-    def subject(references: list[tuple[str, ...]], positions: int) -> SimpleNamespace:
+    def subject(gold_texts: list[tuple[str, ...]], positions: int) -> SimpleNamespace:
         config = SimpleNamespace(max_position_embeddings=positions)
         return SimpleNamespace(
-            model="m", inference=SimpleNamespace(examples=EXAMPLES, references=references, config=config)
+            model="m", inference=SimpleNamespace(examples=EXAMPLES, gold_texts=gold_texts, config=config)
         )
 
     check_examples([subject([("x",)] * 3, 6)])

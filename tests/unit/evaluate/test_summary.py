@@ -1,6 +1,5 @@
 """Predictions -> scores, behaviour and corrections, by hand; and comparisons of two evaluations."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.compare import compare
 from ssgen_ds.evaluate.summary import behaviour, repetition, summarize
 from ssgen_ds.evaluate.table import print_comparison
+from tests.support.report_folder import write_evaluation
 
 
 def prediction(index: int, first: float, last: float, **changes: Any) -> dict[str, Any]:
@@ -84,15 +84,8 @@ def test_repetition(text: str, share: float) -> None:
 
 def write(folder: Path, name: str, values: list[float], metric: str = "exact_match", **changes: Any) -> Path:
     rows = [prediction(i, value, value, scores={metric: value}, **changes) for i, value in enumerate(values)]
-    (folder / f"{name}.predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    result = {
-        "kind": "evaluation",
-        "model": name,
-        "settings": {},
-        "scores": {metric: {"mean": sum(values) / len(values), "low": 0, "high": 1}},
-        "predictions": f"{name}.predictions.jsonl",
-    }
-    (folder / f"{name}.json").write_text(json.dumps(result), "utf-8")
+    score = {"mean": sum(values) / len(values), "low": 0, "high": 1}
+    write_evaluation(folder, name, rows, model=name, scores={metric: score})
     return folder / f"{name}.json"
 
 

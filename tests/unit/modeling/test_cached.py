@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
-from ssgen_ds.selfgen.draw import TIE
-from ssgen_ds.selfgen.filters import Sampling
-from ssgen_ds.selfgen.fixed_point import Request, sample_fixed_point
-from ssgen_ds.selfgen.noise import Stream, gumbel, sequence_key
+from ssgen_ds.sampler.draw import TIE
+from ssgen_ds.sampler.filters import Sampling
+from ssgen_ds.sampler.fixed_point import Request, sample_fixed_point
+from ssgen_ds.sampler.noise import Stream, gumbel, sequence_key
 from tests.support.tiny_models import tiny_model
 
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

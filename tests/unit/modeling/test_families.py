@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.families import check, check_packing
+from ssgen_ds.modeling.families import check_family, check_packing
 
 WORKING = [
     "llama",
@@ -25,7 +25,7 @@ WORKING = [
 
 @pytest.mark.parametrize("family", WORKING)
 def test_decoders_pass(family):
-    check(AutoConfig.for_model(family), uses_selfgen=True)
+    check_family(AutoConfig.for_model(family), uses_selfgen=True)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_decoders_pass(family):
 def test_what_is_no_causal_language_model_is_refused_for_every_method(family, reason):
     for uses_selfgen in (False, True):
         with pytest.raises(UserError, match=reason) as error:
-            check(AutoConfig.for_model(family), uses_selfgen)
+            check_family(AutoConfig.for_model(family), uses_selfgen)
         assert f"type {family} " in str(error.value)
 
 
@@ -62,15 +62,15 @@ def test_what_is_no_causal_language_model_is_refused_for_every_method(family, re
 )
 def test_what_the_sampler_cannot_run_is_refused_for_selfgen_only(family, reason):
     config = AutoConfig.for_model(family)
-    check(config, uses_selfgen=False)
+    check_family(config, uses_selfgen=False)
     with pytest.raises(UserError, match=reason) as error:
-        check(config, uses_selfgen=True)
+        check_family(config, uses_selfgen=True)
     assert "method.name=sft works" in str(error.value)
 
 
 def test_falcon_is_refused_only_with_alibi():
     with pytest.raises(UserError, match="ALiBi"):
-        check(AutoConfig.for_model("falcon", alibi=True), uses_selfgen=True)
+        check_family(AutoConfig.for_model("falcon", alibi=True), uses_selfgen=True)
 
 
 def test_an_unknown_family_is_judged_by_its_layers():
@@ -78,12 +78,12 @@ def test_an_unknown_family_is_judged_by_its_layers():
     config.model_type = "brand_new"
     config.layer_types = ["full_attention", "conv"]
     with pytest.raises(UserError, match=r"recurrent state \(layers: conv\)"):
-        check(config, uses_selfgen=True)
+        check_family(config, uses_selfgen=True)
 
 
 def test_a_decoder_made_of_an_encoder_passes():
-    check(AutoConfig.for_model("bert", is_decoder=True), uses_selfgen=False)
-    check(GPT2Config(), uses_selfgen=False)
+    check_family(AutoConfig.for_model("bert", is_decoder=True), uses_selfgen=False)
+    check_family(GPT2Config(), uses_selfgen=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "cohere", "mixtral"])

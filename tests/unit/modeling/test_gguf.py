@@ -82,6 +82,18 @@ def test_converted_weights_are_exact_and_the_folder_is_reused(tmp_path, caplog):
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_converted_file_is_not_parsed_again(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    _write_gguf(file, tiny_model("llama", vocab_size=90))
+    folder = convert_gguf(file)
+
+    def refuse(path) -> None:
+        raise AssertionError(f"{path} was parsed again")
+
+    monkeypatch.setattr("gguf.GGUFReader", refuse)
+    assert convert_gguf(file) == folder
+
+
 def test_another_content_is_another_folder(tmp_path):
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"GGUF" + bytes(100))

@@ -9,21 +9,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ssgen_ds.config import AdapterConfig, ModelConfig
 from ssgen_ds.errors import UserError
 from ssgen_ds.modeling.adapters import apply_adapter
-from ssgen_ds.modeling.export import merge_adapter, save_model
+from ssgen_ds.modeling.export import save_model
 from ssgen_ds.modeling.gather import full_state_dict
-from ssgen_ds.modeling.load import (
-    ModelSource,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_dtype,
-    resolve_model_path,
-    set_leaf_modules,
-    split_adapter,
-)
+from ssgen_ds.modeling.load import load_config, load_model, load_tokenizer, resolve_dtype, set_leaf_modules
+from ssgen_ds.modeling.merge import merge_adapter
+from ssgen_ds.modeling.model_path import ModelPath, resolve_model_path, split_adapter
+from ssgen_ds.recipe.schema import AdapterConfig, ModelConfig
 from tests.support.tiny_models import FAMILIES, save_tiny_model, tiny_model
 
 NO_ADAPTER = AdapterConfig()
@@ -48,8 +41,8 @@ def _trained_adapter(base: str, seed: int = 0):
 
 
 def test_paths_are_told_apart(llama, tmp_path):
-    assert resolve_model_path(llama) == ModelSource(llama)
-    assert resolve_model_path("owner/model", "v1") == ModelSource("owner/model", "v1")
+    assert resolve_model_path(llama) == ModelPath(llama)
+    assert resolve_model_path("owner/model", "v1") == ModelPath("owner/model", "v1")
     for path in ("/no/such/folder", "./nowhere", "../nowhere", "runs/one/model"):
         with pytest.raises(UserError, match="no such file or folder"):
             resolve_model_path(path)
@@ -202,3 +195,24 @@ def test_expert_blocks_are_found(family):
     assert name.endswith("SparseMoeBlock")
     assert sum(module._z3_leaf for module in model.modules() if hasattr(module, "_z3_leaf")) == 2
     assert set_leaf_modules(tiny_model("llama")) == []
+
+
+QUANTIZED = {
+    "gptq, 4 bits": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq, 4 bits": {"quant_method": "awq", "bits": 4, "zero_point": True},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes, 8 bits": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_base_that_is_already_quantised_is_refused_from_its_configuration(method, llama):
+    from pathlib import Path
+
+    file = Path(llama) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": QUANTIZED[method]}))
+    (Path(llama) / "model.safetensors").unlink()  # no weight is read
+    for read in (load_config, lambda config: load_model(config, NO_ADAPTER, {}, device="cpu")):
+        with pytest.raises(UserError, match=rf"already quantised .*{method}.*quantization\.kind=nf4"):
+            read(ModelConfig(path=llama))

@@ -12,12 +12,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ssgen_ds.config import AdapterConfig, ModelConfig, QuantizationConfig, parse_recipe
+from ssgen_ds.inference.model_source import load_model_source, resolve_model_source
 from ssgen_ds.modeling.adapters import apply_adapter
-from ssgen_ds.modeling.export import merge_adapter, save_model
+from ssgen_ds.modeling.export import save_model
 from ssgen_ds.modeling.load import load_model, load_tokenizer
+from ssgen_ds.modeling.merge import merge_adapter
+from ssgen_ds.modeling.model_folder import Notes, TrainedAs
 from ssgen_ds.modeling.nf4 import Nf4Linear, dequantized, dequantized_bytes, nf4_layers
 from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.recipe.schema import AdapterConfig, ModelConfig, QuantizationConfig
 from tests.support.tiny_models import save_tiny_model
 
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
@@ -105,12 +109,18 @@ def trained(folder: str) -> torch.nn.Module:
 def test_a_merged_model_has_the_logits_of_adapter_and_quantised_base(folder, tmp_path):
     """Merged into the original weights instead, the logits would be off by the whole rounding of the quantisation."""
     model = trained(folder)
-    save_model(model, load_tokenizer(ModelConfig(path=folder)), tmp_path / "adapter", folder, is_main=True)
+    how = TrainedAs(2, None, Notes(quantization=NF4))
+    tokenizer = load_tokenizer(ModelConfig(path=folder))
+    save_model(model, tokenizer, tmp_path / "adapter", folder, is_main=True, trained=how)
+    again = load_model_source(resolve_model_source(str(tmp_path / "adapter")), "cpu")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits), "the base of an adapter is quantised as it was"
     assert (
         load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == get_peft_model_state_dict(model).keys()
     )
     base = ModelConfig(path=folder)
-    difference = merge_adapter(base, str(tmp_path / "adapter"), tmp_path / "merged", torch.float32, NF4)
+    difference = merge_adapter(base, str(tmp_path / "adapter"), tmp_path / "merged", torch.float32, NF4, how)
+    assert resolve_model_source(str(tmp_path / "merged")).quantization is None
     merge_adapter(base, str(tmp_path / "adapter"), tmp_path / "elsewhere", torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")

@@ -9,12 +9,12 @@ import pytest
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ssgen_ds.config import load_recipe
 from ssgen_ds.data.records import RecordMaker
 from ssgen_ds.data.tokenize import ChatFormat
+from ssgen_ds.distributed.host_memory import GIB
 from ssgen_ds.plan.run import Hardware, plan_recipe
 from ssgen_ds.plan.sizes import find_config
-from ssgen_ds.selfgen.strategy import GIB
+from ssgen_ds.recipe.load import load_recipe
 from tests.support.tiny_models import tiny_tokenizer
 
 PAPER = sorted(Path("recipes/paper").rglob("*.yaml"))

@@ -14,14 +14,15 @@ from transformers import BloomConfig
 from typer.testing import CliRunner
 
 from ssgen_ds.cli import app
-from ssgen_ds.config import AdapterConfig, load_recipe
+from ssgen_ds.distributed.host_memory import GIB
 from ssgen_ds.errors import UserError
 from ssgen_ds.plan.memory import Setting, plan_memory
 from ssgen_ds.plan.run import Hardware, advise, fits, longest_rows, offload_problems, parse_size, plan_recipe
 from ssgen_ds.plan.sizes import Sizes, measure
 from ssgen_ds.plan.timing import Rate, Work, operations_per_token, seconds
-from ssgen_ds.selfgen.strategy import GIB
-from tests.distributed.recipe_cases import EVERY, RECIPES
+from ssgen_ds.recipe.load import load_recipe
+from ssgen_ds.recipe.schema import AdapterConfig
+from tests.support.shipped_recipes import EVERY, RECIPES
 from tests.support.tiny_models import FAMILIES, save_tiny_model, tiny_config, tiny_model
 from tests.support.tiny_runs import tiny_recipe
 

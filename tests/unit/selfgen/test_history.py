@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ssgen_ds.run.layout import round_path
+from ssgen_ds.selfgen.generated import Draft, Generated
 from ssgen_ds.selfgen.history import History
-from ssgen_ds.selfgen.rounds import Generated
-from ssgen_ds.selfgen.store import read_example_ids, read_round, round_path, write_round
+from ssgen_ds.selfgen.round_file import write_round
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Rank:
 
 def visit(example_id: str, number: int, step: int = 0) -> Generated:
     """A record that can be told apart by its draft."""
-    return Generated(step, example_id, number, 0.1, [1, 2], draft_ids=[number, step], draft_stop_id=2)
+    return Generated(step, example_id, number, 0.1, [1, 2], draft=Draft([number, step], 2, 2))
 
 
 def write(run_dir: Path, number: int, *records: Generated) -> None:
@@ -45,7 +46,7 @@ def run_dir(tmp_path) -> Path:
 
 
 def drafts(found: dict[str, Generated]) -> dict[str, list[int]]:
-    return {example_id: record.draft_ids for example_id, record in found.items()}
+    return {example_id: record.draft.ids for example_id, record in found.items()}
 
 
 def test_the_latest_visit_before_the_round(run_dir):
@@ -92,7 +93,7 @@ def test_an_unreadable_round_is_one_warning(run_dir, damage, caplog):
         history = History(run_dir, Rank(True, []))
         assert drafts(history.before(4, ["a", "b", "c"])) == {"a": [1, 4], "b": [0, 1]}
         round_path(run_dir, 1).unlink()  # after it was indexed
-        assert drafts(history.before(4, ["a", "b", "c"])) == {"a": [1, 4]}
+        assert drafts(history.before(4, ["a", "b", "c"])) == {"a": [1, 4], "b": [0, 1]}, "it is read once"
     assert len(caplog.records) == 1
     assert str(path) in caplog.text
 
@@ -103,10 +104,3 @@ def test_only_rank_0_reads(run_dir, caplog):
     assert History(run_dir / "not-here", Rank(False, box)).before(4, ["a", "b"]) == expected
     assert expected.keys() == {"a", "b"}
     assert not caplog.records, "it would have missed the files"
-
-
-def test_reading_part_of_a_round(run_dir):
-    path = round_path(run_dir, 2)
-    assert read_example_ids(path) == ["c", "b"]
-    assert read_round(path, ["b", "z"]) == [visit("b", 1, step=3)]
-    assert read_round(path, []) == []

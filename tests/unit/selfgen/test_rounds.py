@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from ssgen_ds.config import parse_recipe
 from ssgen_ds.data.records import Record
 from ssgen_ds.data.tokenize import ChatFormat
-from ssgen_ds.distributed import World
+from ssgen_ds.data.window import IGNORE
+from ssgen_ds.distributed.world import World
+from ssgen_ds.recipe.load import parse_recipe
+from ssgen_ds.sampler.block import BlockChooser
+from ssgen_ds.sampler.free import free_request
+from ssgen_ds.sampler.noise import Stream, sequence_key
+from ssgen_ds.sampler.requests import Request, Sampled, SamplerStats
+from ssgen_ds.sampler.strategy import Local, Strategy
 from ssgen_ds.selfgen import rac
-from ssgen_ds.selfgen.block import BlockChooser
-from ssgen_ds.selfgen.bss import context_sequence, draw_coins
-from ssgen_ds.selfgen.noise import Stream, sequence_key
-from ssgen_ds.selfgen.requests import Request, Sampled, SamplerStats
-from ssgen_ds.selfgen.rounds import Generated, RoundGenerator, Slot
+from ssgen_ds.selfgen.bss import draw_coins
+from ssgen_ds.selfgen.generated import Draft, Generated, Mixed, Slot
+from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.selfgen.samples import mixed_runs
-from ssgen_ds.selfgen.store import read_round, write_round
-from ssgen_ds.window import IGNORE
 from tests.support.tiny_models import tiny_tokenizer
 
 
@@ -32,7 +34,7 @@ class ScriptedSampler:
     script: list[list[str]]
     asked: list[list[Request]] = field(default_factory=list)
     settings: list[tuple] = field(default_factory=list)
-    strategy: str = "local"
+    strategy: Strategy = field(default_factory=Local)
     world: World = field(default_factory=lambda: World(0, 0, 1, torch.device("cpu"), control=None))
 
     def ready(self):
@@ -94,7 +96,7 @@ def test_correction_example():
     assert (plain.weight, correction.weight) == (1.0, 0.5)
     assert [label for label in plain.labels if label != IGNORE] == target
     # the second draft is empty: no correction, and its example is trained all the same
-    assert records[1].draft_ids == []
+    assert records[1].draft.ids == []
     assert len(generator.sequences(slots[1], records[1])) == 1
     # drafts stop at stop ids, which are not banned; other special ids are
     sampling, block = sampler.settings[0]
@@ -107,7 +109,7 @@ def test_weight_zero_drafts_nothing():
     generator, slots, sampler = make([], correction_weight=0.0)
     records, _ = generator.generate(slots)
     assert sampler.asked == []
-    assert [record.target_ids for record in records] == [None, None]
+    assert [record.target for record in records] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -124,20 +126,63 @@ def test_weight_zero_drafts_nothing():
 def test_rewrite_is_used_only_when_closer(draft, rewrite, kind):
     generator, slots, sampler = make([[draft, "x"], [rewrite, "y"]], target="rewrite")
     record = generator.generate(slots)[0][0]
-    assert record.target_kind == kind
+    assert record.target.kind == kind
     expected = rewrite if kind == "rewrite" else "red cat"
-    assert record.target_ids == [*ids_of(generator.chat, expected), generator.chat.turn_end_id]
+    assert record.target.ids == [*ids_of(generator.chat, expected), generator.chat.turn_end_id]
     prompt = text_of(generator.chat, sampler.asked[1][0].prompt_ids)
     assert f"{draft}\n\nThe reference answer is:\n\nred cat" in prompt
 
 
-def test_cut_keeps_a_random_prefix():
-    keys = [sequence_key(0, Stream.CUT, str(i), 0) for i in range(3000)]
-    kept = [rac.kept_length(4, "uniform", key) for key in keys]
-    assert {1, 2, 3, 4} == set(kept)
-    assert all(650 < kept.count(length) < 850 for length in range(1, 5))
-    assert rac.kept_length(4, "none", keys[0]) == 4
-    assert rac.kept_length(0, "uniform", keys[0]) == 0
+def test_the_correction_sees_what_the_cut_keeps_and_the_rewrite_the_whole_draft():
+    generator, slots, sampler = make([["green cow", "x"], ["red cat", "y"]], cut="uniform", target="rewrite")
+    slots = [replace(slots[0], visit=_visit_whose_cut_keeps(3, "green cow", slots[0])), slots[1]]
+    records, _ = generator.generate(slots)
+    assert (records[0].draft.kept, text_of(generator.chat, records[0].draft.ids)) == (3, "green cow")
+    rewrite_prompt = text_of(generator.chat, sampler.asked[1][0].prompt_ids)
+    assert rewrite_prompt.startswith("a b\n\ngreen cow\n\nThe reference answer is")
+    _, correction = generator.sequences(slots[0], records[0])
+    assert text_of(generator.chat, correction.input_ids) == "a b\n\ngre\n\nFix\n\nred cat</s>"
+
+
+def _visit_whose_cut_keeps(length: int, draft: str, slot: Slot) -> int:
+    """The stream of cuts, seed 0; a visit is part of its key."""
+    keys = (sequence_key(0, Stream.CUT, slot.example.id, visit) for visit in range(999))
+    return next(visit for visit, key in enumerate(keys) if rac.kept_length(len(draft), "uniform", key) == length)
+
+
+def test_nothing_stops_in_mid_context_and_a_draft_may():
+    """An end token there would be followed by a gold label that cannot follow it: banned, and no stop id either."""
+    generator, slots, sampler = make([["x", "x"], ["x", "x"]])
+    generator.recipe.method.name = "bss+rac"
+    generator.generate([replace(slot, mix_rate=0.9) for slot in slots])
+    end = generator.chat.turn_end_id
+    (mixing, _), (drafting, _) = sampler.settings
+    assert {*generator.chat.special_ids, *generator.chat.stop_ids} <= set(mixing.banned_ids)
+    assert end in mixing.banned_ids and end not in drafting.banned_ids
+    assert {request.stop_ids for request in sampler.asked[0]} == {frozenset()}
+    assert {request.stop_ids for request in sampler.asked[1]} == {frozenset(generator.chat.stop_ids)}
+    assert not any(request.coins[-1] for request in sampler.asked[0])
+
+
+def test_streams_and_slots_have_noise_of_their_own():
+    """A context, a draft and a rewrite of one example share no key, and each slot has its own."""
+    generator, slots, sampler = make([["x", "x"], ["ab", "ab"], ["ab", "ab"]], target="rewrite")
+    generator.recipe.method.name = "bss+rac"
+    generator.generate([replace(slot, mix_rate=0.9) for slot in slots])
+    streams = (Stream.BSS, Stream.DRAFT, Stream.REWRITE)
+    assert [[request.key for request in asked] for asked in sampler.asked] == [
+        [sequence_key(0, stream, slot.example.id, slot.visit) for slot in slots] for stream in streams
+    ]
+
+
+def test_each_slot_draws_its_coins_at_its_own_rate():
+    generator, slots, sampler = make([["x", "x", "x"]])
+    generator.recipe.method.name = "bss"
+    three = [replace(slots[0], step=step, mix_rate=rate) for step, rate in enumerate((0.0, 0.4, 1.0))]
+    records, _ = generator.generate(three)
+    asked = [sum(request.coins) for request in sampler.asked[0]]
+    assert asked[0] == 0 < asked[1] < asked[2] == len(three[0].example.response_ids) - 1
+    assert [(record.step, record.mix_rate) for record in records] == [(0, 0.0), (1, 0.4), (2, 1.0)]
 
 
 def test_noise_fresh_uses_the_visit_and_common_does_not():
@@ -148,60 +193,11 @@ def test_noise_fresh_uses_the_visit_and_common_does_not():
     assert generator._key(slots[0], Stream.BSS) == generator._key(later, Stream.BSS)
 
 
-def test_coins():
-    """Rate 0 none, rate 1 all but the last; in between the share, and a coin stays on when the rate grows."""
-    assert not any(draw_coins(50, 0.0, key=5))
-    assert draw_coins(50, 1.0, key=5) == [True] * 49 + [False]
-    low, high = draw_coins(4001, 0.2, key=5), draw_coins(4001, 0.5, key=5)
-    assert 0.17 < sum(low) / 4000 < 0.23
-    assert all(b for a, b in zip(low, high, strict=True) if a)
-
-
-def test_mixed_context_reads_mixed_and_predicts_gold():
-    _, slots, _ = make([])
-    example = slots[0].example
-    mixed = [50, *example.response_ids[1:]]
-    sequence = context_sequence(example, mixed)
-    start = len(example.prompt_ids)
-    assert sequence.input_ids[start:] == mixed
-    assert sequence.labels == [IGNORE] * start + example.response_ids
-    assert context_sequence(example, None).input_ids[start:] == example.response_ids
-
-
-def test_rounds_survive_the_disk(tmp_path):
-    records = [
-        Generated(
-            4,
-            "a",
-            1,
-            0.25,
-            [1, 2, 3],
-            [True, False, False],
-            [9, 2, 3],
-            2,
-            [7, 8],
-            2,
-            1,
-            [6],
-            None,
-            [1, 2, 3],
-            "reference",
-        ),
-        Generated(5, "b", 0, 0.0, [4]),
-        Generated(5, "c", 0, 0.1, [4], draft_ids=[], draft_kept=0),
-    ]
-    path = tmp_path / "selfgen" / "round-00001.parquet"
-    write_round(path, records)
-    assert read_round(path) == records
-    assert [item.name for item in path.parent.iterdir()] == [path.name]
-
-
 def test_runs_of_gold_and_sampled_text():
     generator, _, _ = make([])
     gold = ids_of(generator.chat, "red cat")
     coins = [False, False, True, True, False, False, False]
-    record = Generated(0, "a", 0, 0.5, gold, coins, gold)
-    assert mixed_runs(record, generator.chat) == [("re", False), ("d ", True), ("cat", False)]
+    assert mixed_runs(Mixed(coins, gold, 1), generator.chat) == [("re", False), ("d ", True), ("cat", False)]
 
 
 # -- guesses -----------------------------------------------------------------------------------------------------------
@@ -234,9 +230,9 @@ def test_drafts_and_rewrites_guess_what_was_generated_before(noise, temperature,
 
 
 def test_a_guess_longer_than_the_budget_is_cut():
-    request = rac.free_request([1], 2, 5, frozenset(), guess_ids=[7, 8, 9])
+    request = free_request([1], 2, 5, frozenset(), guess_ids=[7, 8, 9])
     assert (request.guess_ids, request.guess_length) == ([7, 8], 2)
-    request = rac.free_request([1], 3, 5, frozenset(), guess_ids=[7])
+    request = free_request([1], 3, 5, frozenset(), guess_ids=[7])
     assert (request.guess_ids, request.guess_length) == ([7, 0, 0], 1)
 
 
@@ -247,7 +243,7 @@ def test_contexts_guess_the_visit_before_where_both_have_a_coin(noise):
     slot = Slot(0, slots[0].example, 1, mix_rate=0.6)
     gold = slot.example.response_ids
     mixed = [token + 1 for token in gold]  # before, every position had a coin
-    before = Generated(0, "id-0", 0, 0.3, gold, mixed_ids=mixed)
+    before = Generated(0, "id-0", 0, 0.3, gold, mixed=Mixed([True] * len(gold), mixed, 1))
     generator.generate([slot], earlier={"id-0": before})
     (request,) = sampler.asked[0]
     coins = draw_coins(len(gold), 0.6, generator._key(slot, Stream.BSS))
@@ -260,7 +256,7 @@ def test_contexts_guess_the_visit_before_where_both_have_a_coin(noise):
 
 def test_another_example_of_the_same_id_is_no_guess():
     generator, slots, sampler = make([["red", "blue"]], noise="common")
-    other = Generated(0, "id-0", 0, 0.0, [*slots[0].example.response_ids, 5], draft_ids=[9], draft_stop_id=2)
+    other = Generated(0, "id-0", 0, 0.0, [*slots[0].example.response_ids, 5], draft=Draft([9], 2, 1))
     generator.generate(slots, earlier={"id-0": other})
     assert sampler.asked[0][0].corpora == (slots[0].example.response_ids,)
     assert guess_of(sampler.asked[0][0]) == []

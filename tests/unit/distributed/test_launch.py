@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ssgen_ds.distributed.launch import drop_local_rank, guarded, split_arguments
+from ssgen_ds.errors import RankError, StopRequested, UserError
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--local_rank=1", "r.yaml", "a.b=1"], ["--local-rank", "1", "r.yaml", "a.b=1"], ["r.yaml", "a.b=1"]],
+)
+def test_launcher_arguments_are_accepted(arguments, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert split_arguments(arguments, usage="RECIPE", expected=1) == (["r.yaml"], ["a.b=1"])
+
+
+def test_other_options_and_missing_recipe_are_refused():
+    with pytest.raises(UserError, match="unknown option --foo"):
+        split_arguments(["--foo", "r.yaml"], usage="RECIPE", expected=1)
+    with pytest.raises(UserError, match="usage: RECIPE"):
+        split_arguments(["a=1"], usage="RECIPE", expected=1)
+    assert drop_local_rank(["x", "--local_rank", "3"]) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("the place and the fix"), 2), (StopRequested("stopped"), 75), (None, 0)]
+)
+def test_exit_codes(error, code, capsys):
+    def work(arguments):
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(work, [])
+    assert caught.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    def work(arguments):
+        raise UserError("said once")
+
+    with pytest.raises(SystemExit):
+        guarded(work, [])
+    assert capsys.readouterr().err == ""
+
+
+def test_help_is_quick_and_imports_no_torch():
+    start = time.perf_counter()
+    code = (
+        "import sys, ssgen_ds.cli, ssgen_ds.recipe.schema, ssgen_ds.recipe.deepspeed; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    result = subprocess.run([sys.executable, "-m", "ssgen_ds", "--help"], capture_output=True, text=True, timeout=60)
+    assert "train" in result.stdout
+    assert time.perf_counter() - start < 4  # two interpreters, on a machine that may be busy
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", ["info", "warning"]), ("1", ["warning"])])
+def test_information_comes_from_rank_0_and_warnings_from_all(rank, told):
+    code = (
+        "import logging; from ssgen_ds.distributed.launch import quiet_libraries; quiet_libraries(); "
+        "log = logging.getLogger('ssgen_ds.any'); log.info('info'); log.warning('warning'); "
+        "logging.getLogger('library').info('chatter')"
+    )
+    environment = {**os.environ, "RANK": rank}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert result.stderr.split() == told
+
+
+@pytest.mark.parametrize(("error", "said"), [(RankError("alone"), "error: alone\n"), (UserError("together"), "")])
+def test_another_rank_speaks_only_when_the_first_may_not_know(monkeypatch, capsys, error, said):
+    monkeypatch.setenv("RANK", "1")
+
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(fail, [])
+    assert (caught.value.code, capsys.readouterr().err) == (2, said)

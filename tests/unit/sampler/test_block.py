@@ -1,0 +1,102 @@
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ssgen_ds.distributed.phases import Phases
+from ssgen_ds.sampler import block as module
+from ssgen_ds.sampler.block import BlockChooser, CallCost, block_name, choose_block, choose_draft_block, predict_seconds
+from ssgen_ds.sampler.engine import BatchLimit
+from ssgen_ds.sampler.requests import Request
+from ssgen_ds.sampler.strategy import Local, Sharded, Strategy
+
+ARITHMETIC = CallCost((8, 32, 128, 256), (0.08, 0.32, 1.28, 2.56), 0.01)  # 10 ms a token, 10 ms a draw
+OVERHEAD = CallCost((8, 32, 128, 256), (1.0, 1.0, 1.0, 1.0), 0.0)
+MIXED = CallCost((8, 32, 128, 256), (0.1, 0.15, 0.4, 0.8), 0.001)
+LIMIT = BatchLimit(8)
+
+
+def requests(count: int = 12, length: int = 40, every: int = 3) -> list[Request]:
+    return [Request([1, 2, 3], [5] * length, [t % every == 0 for t in range(length)], key=i) for i in range(count)]
+
+
+def test_cost_is_linear_between_measurements_and_beyond():
+    cost = CallCost((10, 20, 40), (1.0, 2.0, 3.0), 0.5)
+    assert cost.of(10, 0) == 1.0
+    assert cost.of(15, 0) == 1.5
+    assert cost.of(30, 2) == 2.5 + 1.0
+    assert cost.of(60, 0) == 4.0
+    assert cost.of(5, 0) == 0.5
+    assert CallCost((10, 20), (1.0, 3.0), 0.0).of(2, 0) == 0.0  # never negative
+
+
+def test_one_coin_at_a_time_costs_its_calls_tokens_and_draws():
+    """Coins at 0, 3, 6, 9 of one row: calls feed the prompt (3), then 3 tokens each."""
+    request = Request([1, 2, 3], [5] * 10, [t % 3 == 0 for t in range(10)], key=0)
+    cost = CallCost((1, 2), (1.1, 1.2), 0.01)  # 1 s a call, 0.1 s a token
+    assert predict_seconds(cost, [request], 1, LIMIT, 1) == pytest.approx(4 * (1 + 0.3 + 0.01))
+
+
+@pytest.mark.parametrize("cost", [ARITHMETIC, OVERHEAD, MIXED])
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_the_choice_is_never_predicted_slower_than_one_coin(cost, every):
+    block, seconds = choose_block(cost, requests(every=every), LIMIT, 2)
+    assert seconds[block_name(block)] <= seconds["1"]
+    assert len(seconds) == len(module.CANDIDATES)
+
+
+def test_extremes():
+    assert choose_block(ARITHMETIC, requests(), LIMIT, 1)[0] == 1
+    block, _ = choose_block(OVERHEAD, requests(), LIMIT, 1)
+    assert block is None or block >= 4
+    assert choose_draft_block(ARITHMETIC, 8) == 1
+    assert choose_draft_block(OVERHEAD, 8) == 32
+
+
+@dataclass
+class Sampler:
+    """What a chooser asks of a sampler."""
+
+    limit: BatchLimit = LIMIT
+    strategy: Strategy = field(default_factory=Local)
+    world: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(
+            device=torch.device("cpu"),
+            size=1,
+            is_main=True,
+            broadcast=lambda item: item,
+            together=lambda work: work(),
+            phases=Phases(),
+        )
+    )
+    module: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(dtype=torch.float32))
+    ready = staticmethod(nullcontext)
+
+
+def test_measured_once_kept_and_measured_anew_elsewhere(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(module, "measure_call_cost", lambda sampler, vocab_size: measured.append(vocab_size) or MIXED)
+    file, lines = tmp_path / "selfgen" / "call_cost.json", []
+    chooser = BlockChooser("auto", Sampler(), 96, lines.append, file)
+    chosen = chooser.mixing(requests()), chooser.drafting(), chooser.mixing(requests())
+    assert measured == [96]
+    assert len(lines) == 3  # the cost, W for contexts, W for drafts: each once
+    resumed = BlockChooser("auto", Sampler(), 96, lines.append, file)
+    assert (resumed.mixing(requests()), resumed.drafting(), resumed.mixing(requests())) == chosen
+    assert measured == [96]
+    assert resumed._measured() == MIXED
+    BlockChooser("auto", Sampler(strategy=Sharded(None, None)), 96, lines.append, file).drafting()
+    assert measured == [96, 96]
+    for damage in (b"", b"{", b"[]", b'{"setup": {}}', b"\xff\0", b'{"setup": 1, "cost": {"fed": [1], "seconds": []}}'):
+        file.write_bytes(damage)
+        BlockChooser("auto", Sampler(), 96, lines.append, file).drafting()
+        assert json.loads(file.read_text())["setup"]["strategy"] == "local", "measured again, and kept"
+
+
+@pytest.mark.parametrize(("setting", "block"), [(3, 3), ("all", None)])
+def test_a_named_block_measures_nothing(setting, block):
+    chooser = BlockChooser(setting, Sampler(), 96)
+    assert (chooser.mixing([]), chooser.drafting()) == (block, block)
