@@ -41,7 +41,7 @@ for t, is_sampled in enumerate(coins):
 
 # In parallel: the fixed point of all positions at once, from the gold tokens as the first guess.
 request = Request(prompt_ids, gold_ids, coins, key)
-[result], stats = sample_fixed_point(CachedCausalLM(model), [request], Sampling(), None, model.device)
+[result], stats = sample_fixed_point(CachedCausalLM(model), [request], Sampling(), None)
 
 print(f"{sum(coins)} of {len(coins)} tokens are the model's own")
 print(f"sequentially {len(coins)} model calls, in parallel {stats.calls}")

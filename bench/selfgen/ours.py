@@ -46,7 +46,7 @@ class Ours:
 
     def context_block(self, strategy: StrategyName, requests: list[Request]) -> tuple[int | None, dict[str, Any]]:
         """The W that `block: auto` chooses for these contexts, and why."""
-        cost, limit = self._cost(strategy, len(requests)), self._sampler(strategy, len(requests)).limit
+        cost, limit = self._cost(strategy, requests), self._sampler(strategy, len(requests)).limit
         block, seconds = self._world.broadcast(choose_block(cost, requests, limit, self._world.size))
         return block, {"block": block_name(block), "predicted_seconds": seconds, "call_cost": asdict(cost)}
 
@@ -54,15 +54,16 @@ class Ours:
         """Baseline (a) for this rank's requests; every rank has requests of the same length."""
         sampler = self._sampler(strategy, len(requests))
         with sampler.ready():
-            contexts, _, _ = token_by_token(
-                sampler.model(), requests, self._work.context_sampling(), self._world.device
-            )
+            contexts, _, _ = token_by_token(sampler.model(), requests, self._work.context_sampling())
             sampler.strategy.finish()
         return contexts
 
-    def draft_block(self, strategy: StrategyName, rows: int) -> int:
+    def draft_block(self, strategy: StrategyName, examples: list[Example], rows: int, max_new_tokens: int) -> int:
         """The W that `block: auto` chooses for drafts, `rows` at a time on a rank."""
-        return self._world.broadcast(choose_draft_block(self._cost(strategy, rows * self._world.size), rows))
+        requests = [
+            free_request(one.prompt_ids, max_new_tokens, 0, frozenset()) for one in examples[: rows * self._world.size]
+        ]
+        return self._world.broadcast(choose_draft_block(self._cost(strategy, requests), rows))
 
     def drafts(
         self, strategy: StrategyName, examples: list[Example], rows: int, max_new_tokens: int, block: int, visit: int
@@ -93,10 +94,11 @@ class Ours:
         assert self._shards is not None, "the strategy needs the partitioned parameters"
         return Gathered(self._shards) if name == "gathered" else Sharded(self._shards, self._world)
 
-    def _cost(self, strategy: StrategyName, count: int) -> CallCost:
+    def _cost(self, strategy: StrategyName, requests: list[Request]) -> CallCost:
+        count = len(requests)
         if (strategy, count) not in self._costs:
             sampler = self._sampler(strategy, count)
             with sampler.ready():
-                self._costs[strategy, count] = measure_call_cost(sampler, self._work.vocab_size)
+                self._costs[strategy, count] = measure_call_cost(sampler, self._work.vocab_size, requests)
                 sampler.strategy.finish()
         return self._costs[strategy, count]

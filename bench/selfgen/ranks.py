@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,7 +50,7 @@ class RankBench:
             return self.ours.token_by_token("sharded", mine)
         model = CachedCausalLM(self.engine.module)
         with inference_mode(self.engine.module):
-            return token_by_token(model, mine, self.work.context_sampling(), self.world.device)[0]
+            return token_by_token(model, mine, self.work.context_sampling())[0]
 
 
 def build_rank_bench(work: Work, world: World) -> RankBench:
@@ -151,7 +151,8 @@ def drafts(bench: RankBench) -> Row:
         for begin in range(0, len(share), sizes.draft_rows)
     ]
     visits = iter(range(2**31))  # another draw at every repeat, the same number on all ranks
-    blocks = {strategy: bench.ours.draft_block(strategy, sizes.draft_rows) for strategy in ("gathered", "sharded")}
+    names: tuple[Literal["gathered", "sharded"], ...] = ("gathered", "sharded")
+    blocks = {name: bench.ours.draft_block(name, examples, sizes.draft_rows, sizes.max_new_tokens) for name in names}
 
     def own(strategy: Strategy) -> int:
         """Useful tokens of this rank's share."""

@@ -177,7 +177,7 @@ def growth(sizes: Sizes, folder: Path) -> dict[str, Any]:
         coins = (torch.rand(length, generator=generator) < 0.1).tolist()
         request = Request(article[:8], gold, coins, key=7)
         with torch.no_grad():
-            _, stats = sample_fixed_point(CachedCausalLM(model), [request], Sampling(), None, torch.device("cpu"), 1)
+            _, stats = sample_fixed_point(CachedCausalLM(model), [request], Sampling(), None, 1)
         calls[str(length)] = stats.calls
     return {"calls": calls, "memory_mib": memory}
 

@@ -10,7 +10,6 @@ is sampled at all higher ones, and curves differ by their models alone. No train
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,10 @@ import torch.nn.functional as F
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.data.window import shard_by_length
 from ssgen_ds.errors import NonFiniteError
-from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
+from ssgen_ds.modeling.cache_check import check_cache
+from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.loss import CHUNK_LOGITS, check_loss
+from ssgen_ds.modeling.pieces import Piece, cut
 from ssgen_ds.modeling.project import Head, instead_of_logits
 from ssgen_ds.sampler.block import BlockChooser
 from ssgen_ds.sampler.engine import EngineSampler
@@ -149,7 +150,8 @@ def score_gold(
     step = max(1, CHUNK_LOGITS // sampler.module.config.get_text_config().vocab_size)
 
     def score_mine() -> list[list[Scores]]:
-        scorer, found, done = GoldScorer(sampler.module, sampler.before_call, world.device, step), [], 0
+        model = CachedCausalLM(sampler.module, sampler.before_call, world.device)
+        scorer, found, done = GoldScorer(model, step, sampler.limit.call.tokens), [], 0
         for micro in shards[world.rank]:
             found.append(scorer([examples[i] for i in micro], [[texts[i] for i in micro] for texts in contexts]))
             done = min(done + len(micro) * world.size, len(examples))
@@ -165,17 +167,22 @@ def score_gold(
 
 @dataclass
 class GoldScorer:
-    """Scores gold tokens after contexts, a batch of examples at a time; `step` rows of logits exist at once."""
+    """Scores gold tokens after contexts, a batch of examples at a time.
 
-    model: torch.nn.Module
-    before_call: Callable[[], object]
-    device: torch.device | str
+    Args:
+        model: whose loss is the negative log-likelihood (NLL) of a gold token.
+        step: rows of logits that exist at once.
+        tokens: fed in one call; what is longer is read in several.
+    """
+
+    model: CachedCausalLM
     step: int
+    tokens: int
 
     def __call__(self, examples: list[Example], contexts: list[list[list[int]]]) -> list[list[Scores]]:
         """The scores of each example, for each of several contexts. Raises NonFiniteError."""
-        self._cached = CachedCausalLM(self.model, self.before_call)
-        self._cached.open([len(example.prompt_ids) + len(example.response_ids) for example in examples])
+        longest = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
+        self.model.open(len(examples), longest)
         prompts = [Stretch(0, example.prompt_ids, example.response_ids[:1]) for example in examples]
         first = self._read(prompts)
         scores = []
@@ -188,27 +195,27 @@ class GoldScorer:
 
     @torch.no_grad()
     def _read(self, stretches: list[Stretch]) -> list[Scores]:
-        """Make one call of the model, with the remembered keys and values of what came before."""
-        size = (len(stretches), max(len(stretch.ids) for stretch in stretches))
-        tokens = torch.zeros(size, dtype=torch.long)
-        positions, wanted = torch.full(size, -1), torch.zeros(size, dtype=torch.bool)
-        for row, stretch in enumerate(stretches):
-            end = len(stretch.ids)
-            tokens[row, :end] = torch.tensor(stretch.ids, dtype=torch.long)
-            positions[row, :end] = torch.arange(stretch.begin, stretch.begin + end)
-            wanted[row, end - len(stretch.labels) : end] = True
-        labels_N = torch.tensor([label for stretch in stretches for label in stretch.labels], device=self.device)
-        nll, hit = [], []
+        """Feed a stretch of each row, after the remembered keys and values of what came before."""
+        labels_N = torch.tensor([label for stretch in stretches for label in stretch.labels], device=self.model.device)
+        nll: list[torch.Tensor] = []
+        hit: list[torch.Tensor] = []
+        pieces = [
+            Piece(row, one.begin, one.ids, range(len(one.ids) - len(one.labels), len(one.ids)))
+            for row, one in enumerate(stretches)
+        ]
 
         def compute(rows_NH: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-            for rows_CH, labels_C in zip(rows_NH.split(self.step), labels_N.split(self.step), strict=True):
+            done = sum(map(len, nll))
+            labels_of_call = labels_N[done : done + len(rows_NH)]
+            for rows_CH, labels_C in zip(rows_NH.split(self.step), labels_of_call.split(self.step), strict=True):
                 logits_CV = head(rows_CH)
                 nll.append(F.cross_entropy(logits_CV, labels_C, reduction="none"))
                 hit.append(logits_CV.argmax(-1) == labels_C)
             return rows_NH.new_zeros(())
 
-        with instead_of_logits(self.model, compute):
-            self._cached(tokens.to(self.device), positions.to(self.device), wanted.to(self.device))
+        with instead_of_logits(self.model.model, compute):
+            for call in cut(pieces, self.tokens, len(labels_N)):
+                self.model(call)
         nll_N, hit_N = torch.cat(nll).cpu().numpy(), torch.cat(hit).cpu().numpy()
         if not np.isfinite(nll_N).all():
             raise NonFiniteError("the NLL of a gold token is not finite")

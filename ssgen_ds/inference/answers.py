@@ -74,15 +74,15 @@ def answer(
             active = [item for item in everyone if item[2].goes_on]
             if not active:
                 break
-            block = blocks.answering(len(active), settings.max_new_tokens, _rates(settings, turn))
             requests = []
             for example, sample, given in active:
                 shown = given.turns[-1] + cue_ids if given.turns else []
                 key = answer_key(settings.seed, example.id, sample, turn)
-                corpora = None if block == 1 else tuple(reversed(given.turns))
-                requests.append(
-                    free_request(example.prompt_ids + shown, settings.max_new_tokens, key, stop_ids, corpora=corpora)
-                )
+                requests.append(free_request(example.prompt_ids + shown, settings.max_new_tokens, key, stop_ids))
+            block = blocks.answering(requests, _rates(settings, turn))
+            if block != 1:
+                for (_, _, given), request in zip(active, requests, strict=True):
+                    request.corpora = tuple(reversed(given.turns))
             results, _, _ = sampler.sample(requests, sampling, block, on_done_of("correcting" if turn else "answering"))
             for (_, _, given), result in zip(active, results, strict=True):
                 given.turns.append(content_ids(result))

@@ -16,8 +16,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def project_only(model: PreTrainedModel, wanted_BL: torch.Tensor) -> Iterator[None]:
-    """Within it the model's own forward returns logits [1, N, V] for the N True positions of `wanted_BL`, row by row.
+def project_only(model: PreTrainedModel, wanted_N: torch.Tensor) -> Iterator[None]:
+    """Within it the model's own forward returns logits [1, N, V] of N of its B * L positions, in the order given.
 
     The rows are picked in front of the output embedding and the model's forward does the rest: calling the projection
     ourselves would lose the soft-capping and the scales of Gemma, Cohere and Granite.
@@ -25,7 +25,7 @@ def project_only(model: PreTrainedModel, wanted_BL: torch.Tensor) -> Iterator[No
 
     def pick_rows(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
         hidden_BLH, *rest = args
-        return (hidden_BLH[wanted_BL].unsqueeze(0), *rest)
+        return (hidden_BLH.flatten(0, 1)[wanted_N].unsqueeze(0), *rest)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(pick_rows)
     try:

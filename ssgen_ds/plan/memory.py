@@ -17,8 +17,18 @@ from typing import Any
 
 from ssgen_ds.modeling.loss import CHUNK_LOGITS
 from ssgen_ds.plan.sizes import Sizes
-from ssgen_ds.sampler.build import CACHE_SHARE, MOST_ROWS_CPU, USABLE
+from ssgen_ds.sampler.draw import draws_at_once
+from ssgen_ds.sampler.limits import (
+    CACHE_SHARE,
+    MOST_ROWS_CPU,
+    USABLE,
+    call_bytes_per_token,
+    call_limit,
+    rows_that_fit,
+)
+from ssgen_ds.sampler.requests import CallLimit
 
+_NO_CALL = CallLimit(0, 0)
 PHASES = ("load", "generate", "train", "optimizer")
 
 
@@ -59,6 +69,7 @@ class MemoryPlan:
     host: dict[str, float] = field(default_factory=dict)
     strategy: str = "local"
     cache_rows: int = 0
+    call: CallLimit = _NO_CALL  # what the largest call of generation feeds and wants
 
     def peak(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -184,7 +195,7 @@ def _live(sizes: Sizes, s: Setting, whole: float) -> float:
 
 def _generation(sizes: Sizes, s: Setting, plan: MemoryPlan, resident: float, whole: float) -> dict[str, float]:
     """Weights as the strategy holds them, and keys and values of as many rows as fit; by the rules of the sampler."""
-    free = s.memory - s.overhead - resident
+    free = s.memory - s.overhead - resident - _gradients_to_come(sizes, s)
     parts: dict[str, float] = {}
     if s.stage == 3:
         wanted = whole + sizes.largest_unit * s.element
@@ -200,13 +211,26 @@ def _generation(sizes: Sizes, s: Setting, plan: MemoryPlan, resident: float, who
         free -= parts["gathered"]
     row = s.row_tokens * sizes.cache
     most = min(s.rows, MOST_ROWS_CPU) if s.is_cpu and plan.strategy != "sharded" else s.rows
-    fitting = int(max(1.0, min(most, CACHE_SHARE * max(0.0, free) // row)))
-    plan.cache_rows = fitting
+    free = max(0.0, free)
+    plan.cache_rows = fitting = rows_that_fit(CACHE_SHARE * free, row, most)
     parts["cache"] = float(fitting * row)
-    # One prompt after another is read in; logits exist for the rows' wanted positions.
-    parts["activations"] = fitting * s.row_tokens * (sizes.hidden * 2 + sizes.widest) * s.element
-    parts["logits"] = fitting * sizes.vocabulary * (s.element + 8.0)
+    adapter = s.adapter_element if sizes.adapter else 0
+    token_bytes = call_bytes_per_token(sizes.hidden, sizes.widest, adapter, s.element)
+    call = call_limit(free, token_bytes, sizes.vocabulary * s.element, most)
+    tokens = fitting * s.row_tokens
+    plan.call = CallLimit(min(call.tokens, tokens), min(call.logits, call.tokens, tokens))
+    activations = plan.call.tokens * token_bytes
+    # Scores and noise take four rows in float32 for each draw. All this comes when the activations are gone.
+    logits = plan.call.logits
+    drawn = min(logits, draws_at_once(sizes.vocabulary, is_cpu=s.is_cpu))
+    parts["activations"] = float(activations)
+    parts["logits"] = max(0.0, float(sizes.vocabulary * (logits * s.element + drawn * 16) - activations))
     return parts
+
+
+def _gradients_to_come(sizes: Sizes, s: Setting) -> float:
+    """What generation leaves free for the gradients of training, in float32; the moments are counted as there."""
+    return 0.0 if s.offload_optimizer else 4.0 * sizes.trained / (s.ranks if s.stage >= 2 else 1)
 
 
 def as_json(plan: MemoryPlan) -> dict[str, Any]:

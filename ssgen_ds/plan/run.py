@@ -28,7 +28,7 @@ from ssgen_ds.recipe.deepspeed import (
 )
 from ssgen_ds.recipe.load import load_recipe
 from ssgen_ds.recipe.schema import Recipe
-from ssgen_ds.sampler.build import MOST_ROWS
+from ssgen_ds.sampler.limits import MOST_ROWS
 
 _CONTEXT = 1.2 * GIB  # what a CUDA context takes: the driver, kernels, NCCL's buffers
 _FRAGMENTS = 1.05  # reserved by torch's allocator over what it has handed out

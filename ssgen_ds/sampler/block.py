@@ -13,13 +13,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 
+from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.run.files import write_whole
 from ssgen_ds.sampler.draw import Draw, draw_tokens
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler, deal
@@ -37,8 +37,10 @@ WORTH_IT = 0.85  # of W = 1's seconds: predictions were off by up to 15 %, so on
 # A look-up gains at most 1.17 tokens a call at these rates and feeds only what it proposes: little is staked on it.
 WORTH_IT_DRAFTS = 0.95
 FEWEST_CALLS = 50  # of one-token calls, for which measuring what calls cost pays
-_REQUESTS = 64  # simulated at most
-_WIDTHS, _ROWS = (1, 4, 16, 32), 8  # calls measured
+_REQUESTS = 128  # simulated at most, and no fewer than two batches
+_WIDTHS = (1, 4, 16, 32, 64, 128, 256)  # tokens a row of the calls that are measured
+_ALWAYS = 32  # the width up to which they are measured; wider ones while tokens still become cheaper by them
+_CHEAPER = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,46 @@ class CallCost:
     fed: tuple[int, ...]  # tokens fed, ascending
     seconds: tuple[float, ...]
     per_draw: float  # projection, noise and argmax at one position
+    most: int = 2**31  # tokens that one call may feed; what is more goes on in another
 
     def of(self, fed: int, draws: int) -> float:
-        """Seconds of a call that feeds `fed` tokens and draws at `draws` of them."""
+        """Seconds of a pass that feeds `fed` tokens and draws at `draws` of them."""
+        whole, rest = divmod(fed, self.most)
+        calls = whole * self._call(self.most) + (self._call(rest) if rest or not whole else 0.0)
+        return calls + draws * self.per_draw
+
+    def _call(self, fed: int) -> float:
         right = next((i for i, known in enumerate(self.fed) if known >= fed), len(self.fed) - 1)
         right = max(right, 1)
         (x0, x1), (y0, y1) = self.fed[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        return max(y0 + (y1 - y0) * (fed - x0) / (x1 - x0), 0.0) + draws * self.per_draw
+        return max(y0 + (y1 - y0) * (fed - x0) / (x1 - x0), 0.0)
 
 
-def measure_call_cost(sampler: EngineSampler, vocab_size: int) -> CallCost:
-    """Time calls of several widths, the same on every rank; the sampler must be `ready`. Best of two, worst rank."""
-    device, rows = sampler.world.device, min(sampler.limit.rows, _ROWS)
+def measure_call_cost(sampler: EngineSampler, vocab_size: int, requests: list[Request]) -> CallCost:
+    """Time calls of several widths, the same on every rank; the sampler must be `ready`. Best of two, worst rank.
+
+    As many rows as will be in work, each with what it remembers in the middle of the work.
+
+    Args:
+        requests: what will be sampled, the same on every rank.
+    """
+    device, limit = sampler.world.device, sampler.limit
+    lengths = [(len(request.prompt_ids), len(request.coins)) for request in requests]
+    longest = max(prompt + response for prompt, response in lengths)
+    middle = sum(2 * prompt + response for prompt, response in lengths) // (2 * len(lengths))
+    rows = max(1, min(limit.rows_of(longest), limit.call.tokens // min(_ALWAYS, longest)))
+    widths = [width for width in _WIDTHS if width <= longest]
     model = sampler.model()
 
     def seconds(width: int, drawn: int) -> float:
-        positions = torch.arange(width, device=device).expand(rows, width)
-        wanted = (positions >= width - drawn).contiguous()
-        model.open([width] * rows)
+        tokens = [token % vocab_size for token in range(width)]
+        # Nothing was fed before them: what the memory holds makes no difference to the time.
+        begin = min(middle, longest - width)
+        pieces = [Piece(row, begin, tokens, range(width - drawn, width)) for row in range(rows)]
+        model.open(rows, longest)
         _wait_for(device)
         start = time.perf_counter()
-        logits_NV = model(positions % vocab_size, positions, wanted)
+        logits_NV = model(pieces)
         _wait_for(device)
         between = time.perf_counter()
         if drawn > 1:
@@ -98,10 +119,19 @@ def measure_call_cost(sampler: EngineSampler, vocab_size: int) -> CallCost:
         return sampler.world.max(min(seconds(width, drawn) for _ in range(2)))
 
     best(1)
-    calls = list(accumulate((best(width) for width in _WIDTHS), max))  # a wider call is never cheaper: that is noise
-    drawn = _WIDTHS[2]
-    per_draw = max(0.0, best(drawn, drawn) - calls[2]) / (rows * (drawn - 1))
-    return CallCost(tuple(rows * width for width in _WIDTHS), tuple(calls), per_draw)
+    calls: list[float] = []
+    for i, width in enumerate(widths):
+        if width > _ALWAYS:
+            before, last = (calls[j] / widths[j] for j in (i - 2, i - 1))
+            if rows * width > limit.call.tokens or last > _CHEAPER * before:
+                break
+        calls.append(max(best(width), *calls[-1:], 0.0))  # a wider call is never cheaper: that is noise
+    widths = widths[: len(calls)]
+    drawn = min(widths[len(widths) // 2], limit.call.logits // rows)
+    per_draw = 0.0
+    if drawn > 1:
+        per_draw = max(0.0, best(drawn, drawn) - best(drawn)) / (rows * (drawn - 1))
+    return CallCost(tuple(rows * width for width in widths), tuple(calls), per_draw, limit.call.tokens)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -109,18 +139,12 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def predict_seconds(
-    cost: CallCost,
-    requests: list[Request],
-    block: int | None,
-    limit: BatchLimit,
-    world_size: int,
-) -> float:
-    """Seconds that rank 0 takes for its share of the requests, by the sampler's loop on a model of costs."""
-    coins = sum(sum(request.coins) for request in requests)
-    share = coins / max(1, sum(len(request.coins) for request in requests))
+def predict_seconds(cost: CallCost, mine: list[Request], block: int | None, rows: int) -> float:
+    """Seconds that a rank takes for its requests, `rows` at a time, by the sampler's loop on a model of costs."""
+    coins = sum(sum(request.coins) for request in mine)
+    share = coins / max(1, sum(len(request.coins) for request in mine))
     draws = _CostDraws(cost, MISS_RATE, FLIP_RATE + FLIP_RATE_PER_SHARE * share)
-    iterate(draws, [requests[i] for i in deal(requests, 0, world_size)], block, limit.rows_for(requests))
+    iterate(draws, mine, block, rows)
     return draws.seconds
 
 
@@ -128,8 +152,10 @@ def choose_block(
     cost: CallCost, requests: list[Request], limit: BatchLimit, world_size: int
 ) -> tuple[int | None, dict[str, float]]:
     """The W with the least predicted seconds, 1 unless another is clearly better; and all predictions, by name."""
-    some = requests[:: -(-len(requests) // _REQUESTS) or 1]
-    seconds = {block_name(block): predict_seconds(cost, some, block, limit, world_size) for block in CANDIDATES}
+    rows = limit.rows_for(requests)
+    mine = [requests[i] for i in deal(requests, 0, world_size)]
+    some = mine[:: -(-len(mine) // max(_REQUESTS, 2 * rows)) or 1]
+    seconds = {block_name(block): predict_seconds(cost, some, block, rows) for block in CANDIDATES}
     block = min(CANDIDATES, key=lambda block: seconds[block_name(block)])
     return (block if seconds[block_name(block)] <= WORTH_IT * seconds[block_name(1)] else 1), seconds
 
@@ -174,7 +200,7 @@ class BlockChooser:
         """W for mixed contexts. All ranks call it with the same requests, while the sampler is `ready`."""
         if self.setting != "auto":
             return None if self.setting == "all" else int(self.setting)
-        cost, world = self._measured(), self.sampler.world
+        cost, world = self._measured(requests), self.sampler.world
         block, seconds = world.broadcast(
             choose_block(cost, requests, self.sampler.limit, world.size) if world.is_main else (None, {})
         )
@@ -183,24 +209,25 @@ class BlockChooser:
         self._say(f"selfgen.block auto: W = {chosen} for mixed contexts ({predicted})", f"mixing {chosen}")
         return block
 
-    def drafting(self) -> int | None:
-        """W for drafts and rewrites; only tokens that a guess proposes are tried, so that W is an upper limit."""
+    def drafting(self, requests: list[Request]) -> int | None:
+        """W for drafts and rewrites, as `mixing`: an upper limit, as only tokens that a guess proposes are tried."""
         if self.setting != "auto":
             return None if self.setting == "all" else int(self.setting)
-        cost, world = self._measured(), self.sampler.world
-        block = world.broadcast(choose_draft_block(cost, min(self.sampler.limit.rows, _ROWS)) if world.is_main else 1)
+        cost, world = self._measured(requests), self.sampler.world
+        rows = self.sampler.limit.rows_for(requests)
+        block = world.broadcast(choose_draft_block(cost, rows) if world.is_main else 1)
         self._say(f"selfgen.block auto: W = {block} for drafts, where a look-up proposes tokens", f"drafts {block}")
         return block
 
-    def answering(self, count: int, max_tokens: int, rates: LookupRates) -> int | None:
-        """W for `count` answers of up to `max_tokens`: 1 where they are too few for the choice to pay."""
+    def answering(self, requests: list[Request], rates: LookupRates) -> int | None:
+        """W for answers of one greatest length: 1 where they are too few for the choice to pay."""
         if self.setting != "auto":
             return None if self.setting == "all" else int(self.setting)
-        world, rows = self.sampler.world, self.sampler.limit.rows
-        if max_tokens * -(-count // (rows * world.size)) < FEWEST_CALLS:
+        world, rows = self.sampler.world, self.sampler.limit.rows_for(requests)
+        if len(requests[0].coins) * -(-len(requests) // (rows * world.size)) < FEWEST_CALLS:
             return 1
-        cost = self._measured()
-        return world.broadcast(choose_draft_block(cost, min(rows, _ROWS), rates) if world.is_main else 1)
+        cost = self._measured(requests)
+        return world.broadcast(choose_draft_block(cost, rows, rates) if world.is_main else 1)
 
     def _say(self, line: str, key: str) -> None:
         """Once for each choice, on rank 0."""
@@ -208,12 +235,12 @@ class BlockChooser:
             self.say(line)
             self._said.add(key)
 
-    def _measured(self) -> CallCost:
+    def _measured(self, requests: list[Request]) -> CallCost:
         if self._cost is None:
             setup = self._setup()
             world = self.sampler.world
             known = world.broadcast(_read(self.file, setup) if world.is_main else None)
-            self._cost = known or measure_call_cost(self.sampler, self.vocab_size)
+            self._cost = known or measure_call_cost(self.sampler, self.vocab_size, requests)
             if known is None and self.file is not None:
                 cost = self._cost
                 world.together(lambda: self._keep(cost, setup) if world.is_main else None)

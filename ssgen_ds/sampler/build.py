@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ssgen_ds.distributed.host_memory import GIB, free_bytes
 from ssgen_ds.distributed.world import World
@@ -13,16 +14,18 @@ from ssgen_ds.modeling.gather import full_shape, is_partitioned
 from ssgen_ds.modeling.shards import Shards
 from ssgen_ds.recipe.schema import Recipe, SelfgenConfig
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+from ssgen_ds.sampler.limits import (
+    CACHE_SHARE,
+    MOST_ROWS,
+    MOST_ROWS_CPU,
+    USABLE,
+    call_bytes_per_token,
+    call_limit,
+)
 from ssgen_ds.sampler.strategy import Dequantized, Gathered, Local, Sharded, Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-USABLE = 0.8  # share of the free memory that gathered parameters may take: the rest is for activations
-CACHE_SHARE = 0.25  # share of what is then still free that keys and values may take
-MOST_ROWS = 64
-MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
 
 
 def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str], None]) -> EngineSampler:
@@ -38,7 +41,7 @@ def build_sampler(engine: Any, recipe: Recipe, world: World, say: Callable[[str]
 
 
 def inference_sampler(
-    module: torch.nn.Module, selfgen: SelfgenConfig, is_quantized: bool, world: World
+    module: PreTrainedModel, selfgen: SelfgenConfig, is_quantized: bool, world: World
 ) -> EngineSampler:
     """The sampler of a model that is not trained, partitioned or whole."""
     shards = Shards(module, None) if _has_partitions(module) else None
@@ -51,7 +54,7 @@ def _has_partitions(module: torch.nn.Module) -> bool:
 
 
 def _choose(
-    module: torch.nn.Module,
+    module: PreTrainedModel,
     shards: Shards | None,
     selfgen: SelfgenConfig,
     is_quantized: bool,
@@ -96,15 +99,30 @@ def choose_strategy(
 
 
 def batch_limit(
-    selfgen: SelfgenConfig, module: torch.nn.Module, strategy: Strategy, free: float, world: World
+    selfgen: SelfgenConfig, module: PreTrainedModel, strategy: Strategy, free: float, world: World
 ) -> BatchLimit:
-    """Rows and cache bytes of a batch; the same on all ranks."""
-    per_token = cache_bytes_per_token(module)
-    cache_bytes = -world.max(-max(0.0, free) * CACHE_SHARE)
-    if selfgen.batch != "auto":
-        return BatchLimit(int(selfgen.batch), float("inf"), per_token)
+    """Rows and cache bytes of a batch, and what a call may take; the same on all ranks."""
+    least = max(0.0, -world.max(-free))
     cheap_calls = world.device.type == "cpu" and not strategy.is_collective
-    return BatchLimit(MOST_ROWS_CPU if cheap_calls else MOST_ROWS, cache_bytes, per_token)
+    rows, cache_bytes = MOST_ROWS_CPU if cheap_calls else MOST_ROWS, CACHE_SHARE * least
+    if selfgen.batch != "auto":
+        rows, cache_bytes = int(selfgen.batch), float("inf")
+    config, element = module.config.get_text_config(), module.dtype.itemsize
+    adapter = max((p.element_size() for name, p in module.named_parameters() if "lora_" in name), default=0)
+    token_bytes = call_bytes_per_token(config.hidden_size, widest_output(module), adapter, element)
+    call = call_limit(least, token_bytes, config.vocab_size * element, rows)
+    return BatchLimit(rows, cache_bytes, cache_bytes_per_token(module), call)
+
+
+def widest_output(module: PreTrainedModel) -> int:
+    """Elements of the widest output of a layer for one token, the logits apart."""
+    config, head = module.config.get_text_config(), module.get_output_embeddings()
+    linears = [one.out_features for one in module.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    convolutions = [one.nf for one in module.modules() if isinstance(one, Conv1D)]
+    # A token goes through several experts; their weights are not always Linear layers. Family traits:
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    expert = max(getattr(config, "moe_intermediate_size", None) or config.hidden_size, config.hidden_size)
+    return max([*linears, *convolutions, experts * expert], default=4 * config.hidden_size)
 
 
 def cache_bytes_per_token(module: PreTrainedModel) -> int:
@@ -118,9 +136,12 @@ def cache_bytes_per_token(module: PreTrainedModel) -> int:
 def optimizer_bytes_to_come(engine: Any, world: World) -> float:
     """AdamW allocates its two moments at the first step, and ZeRO its gradients at the first backward: float32 each.
 
-    After a resume the moments are there: counted again, they would make the choices of the run that began other ones.
+    A rank has its part of the moments from ZeRO-1 on, and of the gradients from ZeRO-2 on. After a resume the moments
+    are there: counted again, they would make the choices of the run that began other ones.
     """
     trainable = [p for p in engine.module.parameters() if p.requires_grad]
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)  # without ZeRO it may not be wrapped
-    buffers = 1 if any(inner.state.values()) else 3
-    return buffers * 4.0 * sum(full_shape(p).numel() for p in trainable) / world.size
+    stage = engine.zero_optimization_stage()
+    moments = 0.0 if any(inner.state.values()) else 8.0 / (world.size if stage >= 1 else 1)
+    gradients = 4.0 / (world.size if stage >= 2 else 1)
+    return (moments + gradients) * sum(full_shape(p).numel() for p in trainable)

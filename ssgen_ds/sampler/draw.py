@@ -8,11 +8,20 @@ from math import exp, isfinite
 import torch
 
 from ssgen_ds.errors import NonFiniteError
+from ssgen_ds.modeling.call_layout import on_device
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.noise import gumbel
 
 TIE = 1e-3  # below this gap between the two best scores, float32 rounding may decide: counted, see docs/method.md
-_ROWS_AT_ONCE = 32  # noise and scores are [rows, V] float32: bounds their memory, and keeps them near the core
+# Noise and scores are [rows, V] in float32, about four of them at a time. A CPU keeps few rows near its cores; an
+# accelerator starts about a hundred kernels a chunk, and wants many rows for them.
+_ROWS_AT_ONCE = 32
+_SCORES_AT_ONCE = 2**25  # 128 MiB
+
+
+def draws_at_once(vocab_size: int, is_cpu: bool) -> int:
+    """Rows of scores in memory at a time."""
+    return _ROWS_AT_ONCE if is_cpu else max(_ROWS_AT_ONCE, _SCORES_AT_ONCE // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,16 @@ def draw_tokens(
 
     The distributions' comparison costs a log-sum-exp over V, so it is made only where one of the two is asked for.
     """
+    if not keys:
+        return []
     device = logits_NV.device
-    keys_N = torch.tensor(keys, dtype=torch.long, device=device)
-    positions_N = torch.tensor(positions, dtype=torch.long, device=device)
-    old_N = torch.tensor([-1 if item is None else item.token for item in previous], device=device)
+    old = [-1 if item is None else item.token for item in previous]
+    keys_N, positions_N, old_N = on_device([keys, positions, old], device)
+    step = draws_at_once(logits_NV.shape[-1], device.type == "cpu")
     compare = not sampling.greedy and (any(tracked) or any(item is not None for item in previous))
     columns: list[torch.Tensor] = []
-    for begin in range(0, len(keys), _ROWS_AT_ONCE):
-        chunk = slice(begin, begin + _ROWS_AT_ONCE)
+    for begin in range(0, len(keys), step):
+        chunk = slice(begin, begin + step)
         scores_NV = sampling.scores(logits_NV[chunk])
         noisy_NV = scores_NV
         if not sampling.greedy:

@@ -23,7 +23,8 @@ from ssgen_ds.errors import GenerationInterrupted, NonFiniteError
 from ssgen_ds.modeling.cached import CachedCausalLM, inference_mode
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.fixed_point import count_mismatches, sample_fixed_point
-from ssgen_ds.sampler.requests import OnDone, Request, Sampled, SamplerStats
+from ssgen_ds.sampler.limits import rows_that_fit
+from ssgen_ds.sampler.requests import CallLimit, OnDone, Request, Sampled, SamplerStats
 from ssgen_ds.sampler.strategy import Local, Strategy
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-_VERIFIED = 8  # requests drawn once more in lower precision: all their logits are in memory at once
+_NO_LIMIT = CallLimit()
+_VERIFIED = 8  # requests drawn once more in lower precision
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class BatchLimit:
     rows: int
     cache_bytes: float = float("inf")  # for keys and values
     bytes_per_token: int = 0  # of keys and values, over all layers
+    call: CallLimit = _NO_LIMIT  # what one call may take, whatever the rows
 
     def rows_for(self, requests: list[Request]) -> int:
         """Rows whose caches fit, each as long as the longest request; at least one."""
@@ -49,8 +52,7 @@ class BatchLimit:
 
     def rows_of(self, length: int) -> int:
         """Rows of so many tokens each; at least one."""
-        needed = max(1, length * self.bytes_per_token)
-        return int(max(1, min(self.rows, self.cache_bytes // needed)))
+        return rows_that_fit(self.cache_bytes, length * self.bytes_per_token, self.rows)
 
 
 def deal(requests: list[Request], rank: int, world_size: int) -> list[int]:
@@ -103,7 +105,7 @@ class EngineSampler:
     def model(self) -> CachedCausalLM:
         """The module as the sampler's model; only while `ready`."""
         assert self._is_ready, "the sampler is not ready"
-        return CachedCausalLM(self.module, self.strategy.before_call)
+        return CachedCausalLM(self.module, self.strategy.before_call, self.world.device)
 
     def sample(
         self, requests: list[Request], sampling: Sampling, block: int | None, on_done: OnDone = lambda done, total: None
@@ -159,12 +161,12 @@ class EngineSampler:
         block: int | None,
         on_done: OnDone,
     ) -> tuple[list[Sampled], SamplerStats]:
-        model = CachedCausalLM(self.module, self.before_call)
-        rows, device = self.limit.rows_for(everyones), self.world.device
-        results, stats = sample_fixed_point(model, mine, sampling, block, device, rows, on_done)
+        model = CachedCausalLM(self.module, self.before_call, self.world.device)
+        rows = self.limit.rows_for(everyones)
+        results, stats = sample_fixed_point(model, mine, sampling, block, rows, on_done, self.limit.call)
         if self.module.dtype != torch.float32:
             some = slice(0, min(rows, _VERIFIED))
-            stats.add(count_mismatches(model, mine[some], results[some], sampling, device))
+            stats.add(count_mismatches(model, mine[some], results[some], sampling, self.limit.call))
         return results, stats
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -51,8 +52,7 @@ class Sampling(SamplingSettings):
         """Float32 scores [N, V]; adding Gumbel noise and taking the argmax samples from the filtered softmax."""
         scores_NV = logits_NV.float()
         if self.banned_ids:
-            banned = torch.tensor(self.banned_ids, device=scores_NV.device)
-            scores_NV = scores_NV.index_fill(-1, banned, -torch.inf)
+            scores_NV = scores_NV.index_fill(-1, _ids_on(scores_NV.device, self.banned_ids), -torch.inf)
         if self.temperature == 0:
             return scores_NV
         scores_NV = scores_NV / self.temperature
@@ -66,6 +66,12 @@ class Sampling(SamplingSettings):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@lru_cache(maxsize=16)
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
+    """Copied once: a copy at every draw would make the host wait."""
+    return torch.tensor(ids, device=device)
 
 
 def _keep_nucleus(scores_NV: torch.Tensor, top_p: float) -> torch.Tensor:

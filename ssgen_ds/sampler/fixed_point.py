@@ -23,26 +23,30 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
 
+from ssgen_ds.modeling.pieces import Piece, cut
 from ssgen_ds.sampler.draw import Draw, Previous, draw_tokens
 from ssgen_ds.sampler.filters import Sampling
-from ssgen_ds.sampler.requests import OnDone, Request, Sampled, SamplerStats
+from ssgen_ds.sampler.requests import CallLimit, OnDone, Request, Sampled, SamplerStats
 from ssgen_ds.sampler.rows import BatchRow, Feed, open_row
+
+_NO_LIMIT = CallLimit()
 
 
 class CachedModel(Protocol):
     """A language model that remembers keys and values by absolute position."""
 
-    def open(self, capacities: list[int]) -> None:
-        """Start a batch; row i will hold at most `capacities[i]` tokens. A row fed from position 0 on starts anew."""
+    def open(self, rows: int, capacity: int) -> None:
+        """Start a batch of rows that hold at most `capacity` tokens. A row fed from position 0 on starts anew."""
 
-    def __call__(self, tokens_BQ: torch.Tensor, positions_BQ: torch.Tensor, wanted_BQ: torch.Tensor) -> torch.Tensor:
-        """Feed tokens at their absolute positions (-1: padding) and return logits [N, V] at the N wanted ones.
+    def __call__(self, pieces: list[Piece]) -> torch.Tensor:
+        """Feed pieces of different rows and return logits [W, V] at the W wanted tokens, piece by piece.
 
-        What was remembered at and after a row's first fed position is replaced. Wanted is never all False.
+        What was remembered at and after a row's first fed position is replaced. There may be no wanted ones.
         """
 
     def keep(self, rows: list[int]) -> None:
@@ -66,9 +70,9 @@ def sample_fixed_point(
     requests: list[Request],
     sampling: Sampling,
     block: int | None,
-    device: torch.device | str,
     rows: int | None = None,
     on_done: OnDone = lambda done, total: None,
+    limit: CallLimit = _NO_LIMIT,
 ) -> tuple[list[Sampled], SamplerStats]:
     """Sample requests exactly.
 
@@ -77,15 +81,19 @@ def sample_fixed_point(
         requests: any mixture of lengths; results come back in this order.
         sampling: filter settings shared by the batch.
         block: coins per block (W); None is the whole response at once.
-        device: where tokens and noise live.
         rows: requests in work at a time; the place of one that is done goes to the next. None: all at once.
         on_done: called with the number of requests done and that of all, whenever more are done.
+        limit: what one call of the model may take; a pass that takes more is made in several calls.
     """
-    return iterate(_ModelDraws(model, sampling, device), requests, block, rows, on_done)
+    return iterate(_ModelDraws(model, sampling, limit), requests, block, rows, on_done)
 
 
 def count_mismatches(
-    model: CachedModel, requests: list[Request], results: list[Sampled], sampling: Sampling, device: torch.device | str
+    model: CachedModel,
+    requests: list[Request],
+    results: list[Sampled],
+    sampling: Sampling,
+    limit: CallLimit = _NO_LIMIT,
 ) -> SamplerStats:
     """Draw every coin once more at the fixed point, in one pass: `verified` coins and `mismatches` among them.
 
@@ -98,7 +106,7 @@ def count_mismatches(
     rows = [row for row in map(open_row, again) if row.coin_positions]
     if not rows:
         return SamplerStats()
-    draws = _ModelDraws(model, sampling, device)
+    draws = _ModelDraws(model, sampling, limit)
     draws.open(len(rows), max(len(row.tokens) for row in rows))
     feeds = [Feed(row, 0, row.start + row.coin_positions[-1], row.coin_positions) for row in rows]
     expected = [feed.row.tokens[feed.row.start + t] for feed in feeds for t in feed.coins]
@@ -223,31 +231,33 @@ class _ModelDraws:
 
     model: CachedModel
     sampling: Sampling
-    device: torch.device | str
+    limit: CallLimit
 
     def open(self, rows: int, capacity: int) -> None:
-        self.model.open([capacity] * rows)
+        self.model.open(rows, capacity)
 
     def keep(self, positions: list[int]) -> None:
         self.model.keep(positions)
 
     def __call__(self, feeds: list[Feed]) -> list[Draw]:
-        width = max(feed.end - feed.begin for feed in feeds)
-        tokens = torch.zeros(len(feeds), width, dtype=torch.long)
-        positions = torch.full((len(feeds), width), -1, dtype=torch.long)
-        wanted = torch.zeros(len(feeds), width, dtype=torch.bool)
-        for i, feed in enumerate(feeds):
-            fed = feed.end - feed.begin
-            tokens[i, :fed] = torch.tensor(feed.row.tokens[feed.begin : feed.end], dtype=torch.long)
-            positions[i, :fed] = torch.arange(feed.begin, feed.end)
-            wanted[i, [feed.row.start + t - 1 - feed.begin for t in feed.coins]] = True
-        logits_NV = self.model(tokens.to(self.device), positions.to(self.device), wanted.to(self.device))
-        coins = [(feed.row, t, i > 0) for feed in feeds for i, t in enumerate(feed.coins)]
-        return draw_tokens(
-            logits_NV,
-            [row.request.key for row, _, _ in coins],
-            [t for _, t, _ in coins],
-            self.sampling,
-            tracked=[later for _, _, later in coins],  # a block's first coin is always final
-            previous=[row.previous.get(t) for row, t, _ in coins],
-        )
+        coins = iter([(feed.row, t, i > 0) for feed in feeds for i, t in enumerate(feed.coins)])
+        draws: list[Draw] = []
+        fed = [_piece(place, feed) for place, feed in enumerate(feeds) if feed.coins]
+        for pieces in cut(fed, self.limit.tokens, self.limit.logits):
+            logits_NV = self.model(pieces)
+            some = list(islice(coins, len(logits_NV)))
+            draws += draw_tokens(
+                logits_NV,
+                [row.request.key for row, _, _ in some],
+                [t for _, t, _ in some],
+                self.sampling,
+                tracked=[later for _, _, later in some],  # a block's first coin is always final
+                previous=[row.previous.get(t) for row, t, _ in some],
+            )
+        return draws
+
+
+def _piece(place: int, feed: Feed) -> Piece:
+    """Position t is predicted from the token before it."""
+    offset = feed.row.start - 1 - feed.begin
+    return Piece(place, feed.begin, feed.row.tokens[feed.begin : feed.end], [offset + t for t in feed.coins])

@@ -34,6 +34,17 @@ class Sampled:
     stopped: bool = False
 
 
+@dataclass(frozen=True)
+class CallLimit:
+    """What one call of the model may take on a rank: tokens fed, for their activations; and logits, of each a row [V].
+
+    A prompt that is longer than `tokens` is read in several calls.
+    """
+
+    tokens: int = 2**31
+    logits: int = 2**31
+
+
 @dataclass
 class SamplerStats:
     """Cost of a batch, or of several added up."""

@@ -137,7 +137,7 @@ class RoundGenerator:
             earlier = before.draft if before else None
             requests.append(self._free_request(slot, Stream.DRAFT, prompt_ids, budget, earlier))
         sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "drafting", on_done_of)
+        results = self._sample(requests, sampling, self.blocks.drafting(requests), stats, "drafting", on_done_of)
         for item, result in zip(work, results, strict=True):
             slot, record = item.slot, item.record
             sample = free_sample(result)
@@ -157,7 +157,7 @@ class RoundGenerator:
             earlier = before.rewrite if before else None
             requests.append(self._free_request(slot, Stream.REWRITE, prompt_ids, budget, earlier))
         sampling = self._sampling(settings, keep=self.chat.stop_ids)
-        results = self._sample(requests, sampling, self.blocks.drafting(), stats, "rewriting", on_done_of)
+        results = self._sample(requests, sampling, self.blocks.drafting(requests), stats, "rewriting", on_done_of)
         for item, result in zip(work, results, strict=True):
             record, gold = item.record, item.slot.example.gold_text
             record.rewrite = free_sample(result)

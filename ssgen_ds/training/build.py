@@ -14,7 +14,8 @@ from ssgen_ds.distributed.world import World
 from ssgen_ds.evaluate.gold_loss import GoldLoss
 from ssgen_ds.evaluate.while_training import TrainingEvaluation
 from ssgen_ds.modeling.adapters import apply_adapter
-from ssgen_ds.modeling.cached import check_cache, inference_mode
+from ssgen_ds.modeling.cache_check import check_cache
+from ssgen_ds.modeling.cached import inference_mode
 from ssgen_ds.modeling.gather import full_shape
 from ssgen_ds.modeling.load import load_model
 from ssgen_ds.modeling.loss import check_loss

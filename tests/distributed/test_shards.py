@@ -153,7 +153,7 @@ def test_auto_block_is_agreed_measured_once_and_kept(world, folder):
     blocks, lines = trainer.generator.blocks, []
     blocks.say = lines.append
     with trainer.generator.sampler.ready():
-        chosen = world.gather([blocks.mixing(requests), blocks.drafting()])
+        chosen = world.gather([blocks.mixing(requests), blocks.drafting(requests)])
         trainer.generator.sampler.strategy.finish()
     assert chosen[0] == chosen[1]
     assert trainer.generator.sampler.strategy.name == "gathered"  # a tiny model fits

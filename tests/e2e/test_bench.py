@@ -116,10 +116,10 @@ def test_token_by_token_is_the_sequential_definition() -> None:
         coins = [t % 7 in (i, 3) for t in range(20)]
         requests.append(Request(ids[:length], ids[length:], coins, key=100 + i))
     sampling = Sampling(banned_ids=(0, 1, 2))
-    contexts, calls, _ = token_by_token(CachedCausalLM(model), requests, sampling, torch.device("cpu"))
+    contexts, calls, _ = token_by_token(CachedCausalLM(model), requests, sampling)
     assert calls == 20
     for block in (1, 3, None):
-        results, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, block, "cpu")
+        results, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, block)
         assert [result.tokens for result in results] == contexts
         assert different_rows(results, contexts) == 0
     assert contexts != [request.guess_ids for request in requests]

@@ -65,9 +65,7 @@ def test_fixed_point_equals_sequential(chat, model, rows):
     requests = bss_requests(chat, rows, rate=0.25, length=64)
     assert len(requests) == 3
     sampling = Sampling(banned_ids=tuple(chat.banned_ids(model.config.vocab_size)))
-    outcomes = {
-        block: sample_fixed_point(CachedCausalLM(model), requests, sampling, block, "cpu") for block in (1, 4, None)
-    }
+    outcomes = {block: sample_fixed_point(CachedCausalLM(model), requests, sampling, block) for block in (1, 4, None)}
     sequential, cost = outcomes[1]
     assert sum(result.tokens != request.guess_ids for result, request in zip(sequential, requests, strict=True)) == 3
     for block in (4, None):
@@ -82,7 +80,7 @@ def test_greedy_answers_are_those_of_generate(chat, model, rows):
     """Every coin 1, block 1, temperature 0, against transformers' own decoding."""
     prompts = [prompt_ids(chat, row["question"]) for row in rows[:2]]
     requests = [free_request(ids, 12, 0, frozenset(chat.stop_ids)) for ids in prompts]
-    results, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(temperature=0), 1, "cpu")
+    results, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(temperature=0), 1)
     for ids, result in zip(prompts, results, strict=True):
         expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         assert result.ties or result.tokens == expected

@@ -65,8 +65,8 @@ class RanksPlugin:
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self._run(item):
             hook.pytest_runtest_logreport(report=report)
-        # An ordinary test before this one has left open what it shared with this one, by the rules of pytest. Close what
-        # the next one does not need, as pytest does after each test that it runs itself.
+        # An ordinary test before this one has left open what it shared with this one, by the rules of pytest. Close
+        # what the next one does not need, as pytest does after each test that it runs itself.
         item.session._setupstate.teardown_exact(nextitem)  # type: ignore[attr-defined]
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True

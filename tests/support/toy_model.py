@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from ssgen_ds.modeling.pieces import Piece
+
 
 class ToyModel:
     """Implements `CachedModel`: remembers tokens by position instead of keys and values, and counts its calls."""
@@ -15,30 +17,26 @@ class ToyModel:
         self.calls = 0
         self.token_forwards = 0
 
-    def open(self, capacities: list[int]) -> None:
-        self.memory = [[-1] * capacity for capacity in capacities]
+    def open(self, rows: int, capacity: int) -> None:
+        self.memory = [[-1] * capacity for _ in range(rows)]
 
     def keep(self, rows: list[int]) -> None:
         self.memory = [self.memory[row] for row in rows]
 
-    def __call__(self, tokens_BQ: torch.Tensor, positions_BQ: torch.Tensor, wanted_BQ: torch.Tensor) -> torch.Tensor:
-        assert len(tokens_BQ) == len(self.memory)
-        assert wanted_BQ.any()
+    def __call__(self, pieces: list[Piece]) -> torch.Tensor:
+        rows = [piece.row for piece in pieces]
+        assert len(set(rows)) == len(rows) and set(rows) <= set(range(len(self.memory)))
         self.calls += 1
-        self.token_forwards += int((positions_BQ >= 0).sum())
-        logits = []
-        for row, memory in enumerate(self.memory):
-            for token, position, wanted in zip(
-                tokens_BQ[row].tolist(), positions_BQ[row].tolist(), wanted_BQ[row].tolist(), strict=True
-            ):
-                if position < 0:
-                    continue
-                memory[position] = token
-                if wanted:
-                    prefix = memory[: position + 1]
-                    assert -1 not in prefix, "reads a position that was never fed"
-                    logits.append(self.logits(prefix))
-        return torch.stack(logits)
+        self.token_forwards += sum(len(piece.tokens) for piece in pieces)
+        logits = [torch.zeros(0, self.vocab_size)]
+        for piece in pieces:
+            memory = self.memory[piece.row]
+            memory[piece.begin : piece.end] = piece.tokens
+            for place in piece.wanted:
+                prefix = memory[: piece.begin + place + 1]
+                assert -1 not in prefix, "reads a position that was never fed"
+                logits.append(self.logits(prefix)[None])
+        return torch.cat(logits)
 
     def logits(self, prefix: list[int]) -> torch.Tensor:
         """[V], a function of every token of the prefix."""

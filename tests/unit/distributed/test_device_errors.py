@@ -7,7 +7,8 @@ import torch
 
 from ssgen_ds.distributed.device_errors import is_device_error, is_out_of_memory
 from ssgen_ds.modeling import adapters, loss, merge
-from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
+from ssgen_ds.modeling.cache_check import check_cache
+from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.load import load_model
 from ssgen_ds.modeling.loss import check_loss
 from ssgen_ds.recipe.schema import AdapterConfig, ModelConfig

@@ -8,6 +8,7 @@ from ssgen_ds.inference.answers import AnswerSettings, answer
 from ssgen_ds.recipe.schema import DataConfig
 from ssgen_ds.sampler.block import GREEDY_CORRECTIONS, BlockChooser, CallCost, LookupRates
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
+from ssgen_ds.sampler.free import free_request
 from tests.support.alone import alone
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from tests.unit.selfgen.test_rounds import ScriptedSampler, text_of
@@ -79,6 +80,7 @@ def test_few_answers_are_not_worth_a_measurement(chat: ChatFormat, monkeypatch: 
     cost = CallCost((8, 32, 128, 256), (1.0, 1.0, 1.0, 1.0), 0.0)  # a wide call costs what a narrow one does
     monkeypatch.setattr("ssgen_ds.sampler.block.measure_call_cost", lambda *_: measured.append(1) or cost)
     blocks = BlockChooser("auto", EngineSampler(tiny_model("llama"), alone(), BatchLimit(rows=4)), 96)
-    assert blocks.answering(4, 49, GREEDY_CORRECTIONS) == 1 and not measured
-    assert blocks.answering(5, 49, GREEDY_CORRECTIONS) == 32 and len(measured) == 1
-    assert blocks.answering(5, 49, LookupRates(0.0, 0.5)) == 1
+    requests = [free_request([1, 2], 49, key, frozenset()) for key in range(5)]
+    assert blocks.answering(requests[:4], GREEDY_CORRECTIONS) == 1 and not measured
+    assert blocks.answering(requests, GREEDY_CORRECTIONS) == 32 and len(measured) == 1
+    assert blocks.answering(requests, LookupRates(0.0, 0.5)) == 1

@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.cached import CachedCausalLM, check_cache
+from ssgen_ds.modeling import cache_check, pieces
+from ssgen_ds.modeling.cache_check import check_cache
+from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.sampler.draw import TIE
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.fixed_point import Request, sample_fixed_point
 from ssgen_ds.sampler.noise import Stream, gumbel, sequence_key
+from ssgen_ds.sampler.requests import CallLimit
 from tests.support.tiny_models import tiny_model
 
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -66,26 +71,26 @@ def assert_is_the_fixed_point(model, request: Request, tokens: list[int], sampli
 def test_samples_are_those_of_a_plain_forward(model, block, coin_share):
     """A batch of ragged rows with a cache against each row alone without one."""
     requests, sampling = some_requests(coin_share), Sampling(temperature=0.9, banned_ids=(0, 1, 2))
-    results, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, block, "cpu")
+    results, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, block)
     for request, result in zip(requests, results, strict=True):
         assert_is_the_fixed_point(model, request, result.tokens, sampling)
 
 
 def test_batching_and_block_do_not_change_tokens(model):
     requests, sampling = some_requests(0.5), Sampling()
-    together, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, None, "cpu")
+    together, _ = sample_fixed_point(CachedCausalLM(model), requests, sampling, None)
     for request, expected in zip(requests, together, strict=True):
-        (alone,), _ = sample_fixed_point(CachedCausalLM(model), [request], sampling, 1, "cpu")
+        (alone,), _ = sample_fixed_point(CachedCausalLM(model), [request], sampling, 1)
         assert expected.ties or alone.tokens == expected.tokens
 
 
 def test_eager_attention_gives_the_same(model):
     requests = some_requests(0.5)
-    before, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None, "cpu")
+    before, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None)
     was = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        after, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None, "cpu")
+        after, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), None)
     finally:
         model.set_attn_implementation(was)
     assert [result.tokens for result in after] == [result.tokens for result in before]
@@ -109,7 +114,7 @@ def test_samples_of_a_transformer_follow_its_softmax():
     """Chi-square of the second sampled token given the first, through the cache, over many keys."""
     model = tiny_model("llama", initializer_range=0.1)
     requests = [Request([5, 9, 40], [0, 0], [True, True], sequence_key(3, Stream.BSS, str(i), 0)) for i in range(4000)]
-    results, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(top_k=6), None, "cpu")
+    results, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(top_k=6), None)
     first = torch.tensor([result.tokens[0] for result in results]).mode().values.item()
     second = torch.tensor([result.tokens[1] for result in results if result.tokens[0] == first])
     with torch.no_grad():
@@ -133,3 +138,61 @@ def test_left_padding_gives_the_same(model):
         plain = model(row).logits
         left = model(padded, attention_mask=mask, position_ids=positions).logits[:, pad:]
     torch.testing.assert_close(left, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [CallLimit(tokens=7), CallLimit(logits=2), CallLimit(tokens=16, logits=5)])
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_a_call_within_limits_gives_the_same_tokens(model, limit, chunk, monkeypatch):
+    """Prompts are read in chunks; long ones with a causal kernel, which here begins at 4 tokens."""
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
+    requests = some_requests(0.5)
+    for block in (1, None):
+        whole, stats_ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), block)
+        calls = []
+        cached = CachedCausalLM(model, before_call=lambda calls=calls: calls.append(1))
+        parts, _ = sample_fixed_point(cached, requests, Sampling(), block, limit=limit)
+        assert [one.tokens for one in parts] == [one.tokens for one in whole]
+        assert len(calls) > stats_.calls
+
+
+def test_keys_and_values_are_not_copied_to_all_heads(monkeypatch):
+    """With a mask transformers repeats them in every layer: 32 GiB a call for 64 rows of 1024 tokens of an 8B model."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert heads > kv_heads
+    real, seen = F.scaled_dot_product_attention, set()
+
+    def sdpa(query, key, value, attn_mask=None, **kwargs):
+        seen.add((key.shape[1], attn_mask is None))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    sample_fixed_point(CachedCausalLM(model), some_requests(0.5), Sampling(), 4)
+    assert seen == {(kv_heads, True), (kv_heads, False)}, "prompts without a mask, rows with one"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_a_call_never_waits_for_the_device(family):
+    """Tensors on the meta device have no values: whoever asks for one fails."""
+    model = tiny_model(family).to("meta")
+    cached = CachedCausalLM(model)
+    cached.open(4, 64)
+    fed = [Piece(0, 0, [5] * 9, [8]), Piece(1, 20, [5], [0]), Piece(2, 20, [5] * 40, [3, 39]), Piece(3, 20, [5], [])]
+    assert cached(fed).shape == (4, model.config.vocab_size)
+    cached.keep([1, 3])
+    assert cached([Piece(0, 21, [5], [0]), Piece(1, 21, [5], [0])]).shape == (2, model.config.vocab_size)
+
+
+def test_a_deep_model_in_low_precision_is_not_refused():
+    """Its logits differ by more than a shallow one's, its distributions do not; a wrong mask changes both."""
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(24, 500, generator=generator)
+
+    def moved(share: float) -> torch.Tensor:
+        return expected + share * torch.randn(24, 500, generator=generator)
+
+    half = torch.bfloat16
+    assert cache_check._is_same(moved(0.1).to(half), expected.to(half))
+    assert not cache_check._is_same(moved(0.1), expected)
+    assert not cache_check._is_same(moved(0.4).to(half), expected.to(half))
+    assert not cache_check._is_same(20 * moved(0.1).to(half), 20 * expected.to(half)), "sure of other tokens"

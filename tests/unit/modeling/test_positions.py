@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.modeling.cached import check_cache
+from ssgen_ds.modeling.cache_check import check_cache
 from ssgen_ds.modeling.positions import positions
 from tests.support.tiny_models import tiny_model
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssgen_ds.modeling.cached import CachedCausalLM
+from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.sampler.build import cache_bytes_per_token, choose_strategy
 from ssgen_ds.sampler.engine import BatchLimit, deal
 from ssgen_ds.sampler.requests import Request
@@ -75,11 +76,10 @@ def test_rows_respect_both_limits_and_are_at_least_one(sizes, most, cache_bytes,
 def test_cache_bytes_are_those_of_the_real_cache(family):
     model = tiny_model(family)
     cached = CachedCausalLM(model)
-    cached.open([10, 10])
-    tokens = torch.ones(2, 3, dtype=torch.long)
-    cached(tokens, torch.arange(3).expand(2, 3), tokens > 0)
+    cached.open(2, 16)
+    cached([Piece(row, 0, [1, 1, 1], [2]) for row in range(2)])
     tensors = [tensor for layer in cached._layers for tensor in (layer.keys, layer.values)]
-    assert sum(tensor.nbytes for tensor in tensors) == 2 * 10 * cache_bytes_per_token(model)
+    assert sum(tensor.nbytes for tensor in tensors) == 2 * 16 * cache_bytes_per_token(model)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ samplings = st.builds(
 def test_equals_sequential_sampling(batch, sampling, block):
     """Whatever the lengths, coins, stops, filters, block size and batch: the definition's tokens."""
     model = ToyModel(V)
-    results, stats_ = sample_fixed_point(model, batch, sampling, block, "cpu")
+    results, stats_ = sample_fixed_point(model, batch, sampling, block)
     assert [result.tokens for result in results] == [sequential(model, request, sampling) for request in batch]
     assert stats_.calls == model.calls == max((result.passes for result in results), default=0)
     assert stats_.token_forwards == model.token_forwards
@@ -71,23 +71,23 @@ def test_the_guess_at_coins_changes_cost_not_tokens(request_, garbage, block):
         for t, (coin, gold) in enumerate(zip(request_.coins, request_.guess_ids, strict=True))
     ]
     other = Request(request_.prompt_ids, guess, request_.coins, request_.key, request_.stop_ids)
-    (one,), _ = sample_fixed_point(ToyModel(V), [request_], Sampling(), block, "cpu")
-    (two,), _ = sample_fixed_point(ToyModel(V), [other], Sampling(), block, "cpu")
+    (one,), _ = sample_fixed_point(ToyModel(V), [request_], Sampling(), block)
+    (two,), _ = sample_fixed_point(ToyModel(V), [other], Sampling(), block)
     assert one.tokens == two.tokens
 
 
 def test_a_right_guess_needs_one_pass():
     request = Request([1, 2], [0] * 10, [True] * 10, key=3)
-    (first,), _ = sample_fixed_point(ToyModel(V), [request], Sampling(), 1, "cpu")
+    (first,), _ = sample_fixed_point(ToyModel(V), [request], Sampling(), 1)
     again = Request([1, 2], first.tokens, [True] * 10, key=3)
-    (second,), cost = sample_fixed_point(ToyModel(V), [again], Sampling(), None, "cpu")
+    (second,), cost = sample_fixed_point(ToyModel(V), [again], Sampling(), None)
     assert second.tokens == first.tokens
     assert (second.passes, second.flips, cost.calls) == (1, 0, 1)
 
 
 def test_no_coins_no_calls():
     model = ToyModel(V)
-    (result,), _ = sample_fixed_point(model, [Request([1], [4, 5], [False, False], key=0)], Sampling(), None, "cpu")
+    (result,), _ = sample_fixed_point(model, [Request([1], [4, 5], [False, False], key=0)], Sampling(), None)
     assert result.tokens == [4, 5]
     assert model.calls == 0
 
@@ -96,7 +96,7 @@ def test_coin_to_coin_feeds_every_token_once():
     """Block 1: a run of gold tokens is one call, nothing is computed twice, nothing after the last coin."""
     coins = [False, True, False, False, True, False, False]
     model = ToyModel(V)
-    sample_fixed_point(model, [Request([1, 2, 3], [0] * 7, coins, key=0)], Sampling(), 1, "cpu")
+    sample_fixed_point(model, [Request([1, 2, 3], [0] * 7, coins, key=0)], Sampling(), 1)
     assert model.calls == 2
     assert model.token_forwards == 3 + 4  # the prompt and response positions 0..3; position 4 is the last coin
 
@@ -105,7 +105,7 @@ def test_stop_ends_the_row_and_nothing_follows():
     model = ToyModel(V)
     request = Request([1], [0] * 30, [True] * 30, key=11, stop_ids=frozenset({0, 1, 2}))
     for block in (1, 4, None):
-        (result,), _ = sample_fixed_point(model, [request], Sampling(), block, "cpu")
+        (result,), _ = sample_fixed_point(model, [request], Sampling(), block)
         assert result.stopped
         assert result.tokens[-1] in request.stop_ids
         assert not set(result.tokens[:-1]) & request.stop_ids
@@ -116,7 +116,7 @@ def test_samples_follow_the_softmax():
     model = ToyModel(V, sharpness=1.0)
     sampling = Sampling(temperature=0.8, top_k=5, banned_ids=(3,))
     batch = [Request([1, 2], [0], [True], key=sequence_key(0, Stream.BSS, str(i), 0)) for i in range(4000)]
-    results, _ = sample_fixed_point(model, batch, sampling, None, "cpu")
+    results, _ = sample_fixed_point(model, batch, sampling, None)
     observed = torch.bincount(torch.tensor([result.tokens[0] for result in results]), minlength=V)
     expected = sampling.scores(model.logits([1, 2])[None])[0].double().softmax(-1) * 4000
     possible = expected > 0
@@ -128,7 +128,7 @@ def test_conditional_samples_follow_the_softmax():
     """The second of two sampled positions, given the first, in the parallel iteration."""
     model = ToyModel(V, sharpness=1.0)
     batch = [Request([1, 2], [0, 0], [True, True], key=sequence_key(5, Stream.BSS, str(i), 0)) for i in range(6000)]
-    results, _ = sample_fixed_point(model, batch, Sampling(), None, "cpu")
+    results, _ = sample_fixed_point(model, batch, Sampling(), None)
     first = int(torch.mode(torch.tensor([result.tokens[0] for result in results])).values)
     second = [result.tokens[1] for result in results if result.tokens[0] == first]
     observed = torch.bincount(torch.tensor(second), minlength=V)
@@ -139,7 +139,7 @@ def test_conditional_samples_follow_the_softmax():
 @pytest.mark.parametrize(("coins", "guess"), [([True], []), ([], [1])])
 def test_mismatched_request_is_refused(coins, guess):
     with pytest.raises(ValueError, match="guess has"):
-        sample_fixed_point(ToyModel(V), [Request([1], guess, coins, key=0)], Sampling(), None, "cpu")
+        sample_fixed_point(ToyModel(V), [Request([1], guess, coins, key=0)], Sampling(), None)
 
 
 @settings(max_examples=80, deadline=None)
@@ -152,7 +152,7 @@ def test_corpora_and_guess_length_change_cost_not_tokens(batch, data, sampling, 
         request.guess_length = data.draw(st.integers(0, len(request.coins)))
         request.corpora = tuple(data.draw(st.lists(ids, max_size=2)))
     model = ToyModel(V)
-    results, cost = sample_fixed_point(model, batch, sampling, block, "cpu", data.draw(st.sampled_from([None, 1, 2])))
+    results, cost = sample_fixed_point(model, batch, sampling, block, data.draw(st.sampled_from([None, 1, 2])))
     assert [result.tokens for result in results] == [sequential(model, request, sampling) for request in batch]
     assert cost.final_coins >= sum(len(result.tokens) for result in results)
     assert cost.accepted_length == cost.final_coins / cost.row_passes
@@ -165,9 +165,9 @@ def test_corpora_and_guess_length_change_cost_not_tokens(batch, data, sampling, 
 @given(st.lists(requests(), min_size=1, max_size=4), samplings, st.sampled_from([None, 1, 3]), st.integers(0, 99))
 def test_a_right_result_has_no_mismatches_and_a_corrupted_one_has(batch, sampling, block, where):
     model = ToyModel(V)
-    results, cost = sample_fixed_point(model, batch, sampling, block, "cpu")
+    results, cost = sample_fixed_point(model, batch, sampling, block)
     assert cost.draws == cost.first_draws + cost.redraws  # every coin had a guess
-    checked = count_mismatches(model, batch, results, sampling, "cpu")
+    checked = count_mismatches(model, batch, results, sampling)
     coins = [
         (result, t)
         for request, result in zip(batch, results, strict=True)
@@ -178,4 +178,4 @@ def test_a_right_result_has_no_mismatches_and_a_corrupted_one_has(batch, samplin
     if coins:
         result, t = coins[where % len(coins)]
         result.tokens[t] = (result.tokens[t] + 1) % V
-        assert count_mismatches(model, batch, results, sampling, "cpu").mismatches > 0
+        assert count_mismatches(model, batch, results, sampling).mismatches > 0
