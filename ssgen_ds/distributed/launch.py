@@ -54,6 +54,7 @@ def guarded(work: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run an entry point and leave with an exit code of docs/clusters.md: 0, 2 (user), 75 (stopped), 1 (other)."""
     steady()
     quiet_libraries()
+    set_allocator()
     try:
         work(arguments)
     except UserError as error:
@@ -90,6 +91,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also those of transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+
+def set_allocator() -> None:
+    """Let torch's memory on a GPU grow in place; call it before torch is imported. What a user has set is left alone.
+
+    Generation and training take blocks of ever other sizes in turn: in segments of fixed size each would leave holes
+    that the other cannot use.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def is_first_rank() -> bool:

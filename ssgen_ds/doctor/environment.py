@@ -116,18 +116,25 @@ def check_bitsandbytes() -> list[Finding]:
     return ok("bitsandbytes", f"{installed('bitsandbytes')}, its native library loads")
 
 
-def check_compiler() -> list[Finding]:
-    """What DeepSpeed compiles when it is first used: what that takes, and what it says of its operators itself."""
+def check_compiler(offloads: bool) -> list[Finding]:
+    """What DeepSpeed compiles when it is first used: what that takes, and what it says of its operators itself.
+
+    Args:
+        offloads: a recipe keeps the optimizer's states on the host; only their AdamW is compiled for a GPU.
+    """
     missing = []
     if not (shutil.which("c++") or shutil.which("g++")):
         missing.append(("no C++ compiler", "apt-get install g++"))
     if not (shutil.which("ninja") or find_spec("ninja")):
         missing.append(("no ninja", "pip install ninja"))
-    if torch.cuda.is_available() and not shutil.which("nvcc") and "CUDA_HOME" not in os.environ:
-        missing.append(("no nvcc and no CUDA_HOME", "install the CUDA toolkit of torch's version, or set CUDA_HOME"))
     why = "DeepSpeed compiles operators at the first use: communication on a CPU, AdamW of offloaded states"
-    if missing:
-        return [error("compiler", what, why, fix) for what, fix in missing]
+    findings = [error("compiler", what, why, fix) for what, fix in missing]
+    if torch.cuda.is_available() and not shutil.which("nvcc") and "CUDA_HOME" not in os.environ:
+        what, fix = "no nvcc and no CUDA_HOME", "install the CUDA toolkit of torch's version, or set CUDA_HOME"
+        severity = error if offloads else note
+        findings.append(severity("compiler", what, "AdamW of offloaded states is compiled with it, nothing else", fix))
+    if findings:
+        return findings
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

@@ -14,6 +14,7 @@ from rich.console import Console
 from ssgen_ds.doctor import environment, tokens
 from ssgen_ds.doctor.finding import Finding, error, ok, warning
 from ssgen_ds.errors import UserError
+from ssgen_ds.recipe.deepspeed import build_ds_config, offloads_optimizer
 from ssgen_ds.recipe.load import load_recipe
 from ssgen_ds.recipe.schema import Recipe
 
@@ -33,11 +34,18 @@ def examine(file: Path | None, overrides: list[str]) -> list[Finding]:
     output = None if recipe is None else recipe.output_dir
     findings += _run("versions", environment.check_versions)
     findings += _run("device", environment.check_device)
-    findings += _run("compiler", environment.check_compiler)
+    findings += _run("compiler", lambda: environment.check_compiler(recipe is not None and _offloads(recipe)))
     findings += _run("network", environment.check_network)
     findings += _run("cluster", environment.check_cluster)
     findings += _run("room", lambda: environment.check_room(output))
     return findings if recipe is None else findings + _recipe_findings(recipe)
+
+
+def _offloads(recipe: Recipe) -> bool:
+    """Whether the recipe's DeepSpeed file keeps optimizer states on the host. What is wrong with it comes later."""
+    with suppress(UserError):
+        return offloads_optimizer(build_ds_config(recipe, 1, "float32"))
+    return False
 
 
 def _run(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -55,7 +63,6 @@ def _recipe_findings(recipe: Recipe) -> list[Finding]:
     from ssgen_ds.modeling.load import open_model
     from ssgen_ds.modeling.preflight import data_problems
     from ssgen_ds.modeling.quantization import quantization_problems, slow_quantization
-    from ssgen_ds.recipe.deepspeed import build_ds_config
 
     def check_deepspeed(recipe: Recipe) -> list[Finding]:
         build_ds_config(recipe, 1, "float32")

@@ -5,8 +5,8 @@ Symbols: P parameters of the base, T trained ones, Q quantised ones, c bytes of 
     weights     (P - Q + T_lora) c, and of nf4 half a byte a weight plus scales; at ZeRO-3 a W-th, small ones whole
     masters     4 T: float32 weights that the optimizer updates; at ZeRO 1-3 always, a W-th; at ZeRO 0 only in bfloat16
     moments     8 T of AdamW, 2.03 T in 8 bits; at ZeRO 1-3 a W-th
-    gradients   c T; at ZeRO-2 a W-th and a bucket on the way, at ZeRO-3 a W-th and a bucket; in bfloat16 without ZeRO
-                also 4 T of float32 sums
+    gradients   c T, or 4 T where the DeepSpeed file sums them in float32; at ZeRO-2 a W-th and a bucket on the way, at
+                ZeRO-3 a W-th and a bucket; in bfloat16 without ZeRO also 4 T of float32 sums
     gathered    at ZeRO-3 what is whole at a time: up to `stage3_max_live_parameters`
 """
 
@@ -41,6 +41,7 @@ class Setting:
     element: int  # bytes of the dtype to compute in
     is_mixed: bool  # DeepSpeed keeps float32 masters because the model is in bfloat16
     adapter_element: int
+    gradient_element: int  # bytes of the dtype in which gradients are summed over micro batches
     nf4: bool
     double: bool
     moments: float  # bytes per trained parameter
@@ -140,7 +141,7 @@ def _largest_tensor(sizes: Sizes, s: Setting) -> float:
 
 def _gradients(sizes: Sizes, s: Setting) -> tuple[float, float]:
     """Gradients as they stay between micro batches, and the bucket in which they are reduced."""
-    trained, c = sizes.trained, s.adapter_element if sizes.adapter else s.element
+    trained, c = sizes.trained, s.gradient_element
     if s.stage == 0:
         return trained * (c + (4.0 if s.is_mixed else 0.0)), 0.0
     if s.stage == 1:
@@ -152,10 +153,9 @@ def _gradients(sizes: Sizes, s: Setting) -> tuple[float, float]:
 
 
 def _gradients_at_step(sizes: Sizes, s: Setting) -> float:
-    c = s.adapter_element if sizes.adapter else s.element
     if s.stage == 0:
         return _gradients(sizes, s)[0]
-    return sizes.trained * c / s.ranks
+    return sizes.trained * s.gradient_element / s.ranks
 
 
 def _step_bytes(sizes: Sizes, s: Setting, shared: int) -> float:

@@ -24,6 +24,7 @@ from ssgen_ds.recipe.deepspeed import (
     fitting_bucket,
     offloads_optimizer,
     offloads_parameters,
+    sums_in_float32,
     zero_stage,
 )
 from ssgen_ds.recipe.load import load_recipe
@@ -133,13 +134,15 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
     per_round = share * recipe.selfgen.refresh_every
     rows = MOST_ROWS if recipe.selfgen.batch == "auto" else int(recipe.selfgen.batch)
     element = getattr(torch, dtype).itemsize
-    is_cuda = hardware.gpus > 0
+    is_cuda, has_adapter = hardware.gpus > 0, recipe.adapter.kind != "none"
+    adapter_element = 4 if recipe.adapter.dtype == "float32" else element
     return Setting(
         stage=zero_stage(config),
         ranks=hardware.ranks,
         element=element,
         is_mixed=config["bf16"]["enabled"],
-        adapter_element=4 if recipe.adapter.dtype == "float32" else element,
+        adapter_element=adapter_element,
+        gradient_element=4 if sums_in_float32(config) else adapter_element if has_adapter else element,
         nf4=recipe.quantization.kind == "nf4",
         double=recipe.quantization.double,
         moments=8.0 if recipe.train.optimizer == "adamw" else 2.0 + 8.0 / 256,

@@ -20,8 +20,8 @@ _OWNED = {
     "scheduler": "train.schedule, train.warmup",
     "fp16": "model.dtype (float32 or bfloat16)",
     "amp": "model.dtype (float32 or bfloat16)",
-    "data_types": "model.dtype",
 }
+_SUM_DTYPES = ("bf16", "fp32")  # of gradients over micro batches, in DeepSpeed's words
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -49,6 +49,7 @@ def build_ds_config(recipe: Recipe, world_size: int, dtype: str) -> dict[str, An
     config, problems = merge(template, recipe_values(recipe, world_size, dtype))
     problems += [f"{key}: remove it, the recipe decides: {owner}" for key, owner in _OWNED.items() if key in template]
     stage = zero_stage(config)
+    problems += _sum_problems(config, dtype)
     if offloads_optimizer(config) and recipe.train.optimizer != "adamw":
         problems.append(
             "zero_optimization.offload_optimizer: runs on the host, where "
@@ -128,6 +129,25 @@ def merge(template: dict[str, Any], values: dict[str, Any], prefix: str = "") ->
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed dictionary; absent means 0."""
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def sums_in_float32(config: dict[str, Any]) -> bool:
+    """Whether gradients are summed over micro batches in float32, whatever the model computes in."""
+    return (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
+
+
+def _sum_problems(config: dict[str, Any], dtype: str) -> list[str]:
+    """What is wrong with `data_types`, of which the dtype of the gradients' sums is all that a file may set."""
+    types = config.get("data_types") or {}
+    name, given = "data_types.grad_accum_dtype", types.get("grad_accum_dtype")
+    problems = [f"data_types.{key}: remove it, only grad_accum_dtype may be set" for key in types if key != name[11:]]
+    if given not in (None, *_SUM_DTYPES):
+        problems.append(f"{name}: must be one of {', '.join(_SUM_DTYPES)}, got {given!r}")
+    elif given == "fp32" and dtype == "bfloat16" and zero_stage(config) < 2:
+        problems.append(f"{name}: DeepSpeed sums in float32 at ZeRO-2 and 3 only; set zero_optimization.stage=2")
+    elif given == "bf16" and dtype == "float32":
+        problems.append(f"{name}: the model computes in float32; remove it")
+    return problems
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:

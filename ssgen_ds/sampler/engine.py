@@ -88,12 +88,19 @@ class EngineSampler:
         if self._is_ready:
             yield
             return
-        with torch.no_grad(), inference_mode(self.module), self.strategy.parameters():
-            self._is_ready = True
-            try:
+        self._give_back()
+        try:
+            with torch.no_grad(), inference_mode(self.module), self.strategy.parameters():
+                self._is_ready = True
                 yield
-            finally:
-                self._is_ready = False
+        finally:
+            self._is_ready = False
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """What training or generation has freed, to the GPU: the other wants blocks of other sizes."""
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def before_call(self) -> None:
         """What `share` runs before each of its model calls. Raises GenerationInterrupted."""

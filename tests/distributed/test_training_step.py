@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +119,29 @@ def test_offloaded_training_is_that_of_the_gpu_resident(world, folder):
         for name, file in (("resident", zero(3)), ("offloaded", "ds_configs/zero3_offload.json"))
     )
     assert offloaded == pytest.approx(resident, rel=1e-4)
+
+
+@ranks(2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_are_summed_in_float32_where_the_deepspeed_file_says_so(world, folder, stage):
+    """Sixteen times the same micro batch is once: sixteenths add up without rounding, but not in bfloat16."""
+    found = {}
+    for sums in ("bf16", "fp32"):
+        file = folder / f"sums-{sums}-{stage}.json"
+        if world.is_main:
+            template = json.loads(Path(zero(stage)).read_text())
+            file.write_text(json.dumps({**template, "data_types": {"grad_accum_dtype": sums}}))
+        world.barrier()
+        for count in (1, 16):
+            recipe = fresh(folder, "sums", world, deepspeed=str(file), model__dtype="bfloat16")
+            trainer = trainer_for(recipe, world)
+            row = Sequence([5, 6, 7, 8, 20, 21, 9], [-100, -100, 7, 30, 31, 32, 9])
+            window = build_window([row] * (2 * count), Packing(1), world.rank, world.size, world.device)
+            accumulate_gradients(trainer.engine, window, world)
+            named = trainer.engine.module.named_parameters()
+            found[sums, count] = {name: safe_get_full_grad(value).float() for name, value in named}
+    assert distance(found["fp32", 16], found["fp32", 1]) < 1e-6
+    assert distance(found["bf16", 16], found["bf16", 1]) > 1e-4
 
 
 @ranks(2)

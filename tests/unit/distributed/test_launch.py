@@ -84,3 +84,17 @@ def test_another_rank_speaks_only_when_the_first_may_not_know(monkeypatch, capsy
     with pytest.raises(SystemExit) as caught:
         guarded(fail, [])
     assert (caught.value.code, capsys.readouterr().err) == (2, said)
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_a_gpu_grows_in_place_unless_the_user_says_otherwise(own, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    with pytest.raises(SystemExit):
+        guarded(lambda arguments: None, [])
+    settings = {name: os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    assert [value for value in settings.values() if value] == [
+        "max_split_size_mb:128" if own else "expandable_segments:True"
+    ]

@@ -173,7 +173,7 @@ def test_operators_that_deepspeed_will_not_compile(monkeypatch):
     from deepspeed.ops.op_builder.cpu.cpu_adam import CPUAdamBuilder
 
     monkeypatch.setattr(CPUAdamBuilder, "is_compatible", lambda self, verbose=False: False)
-    (finding,) = environment.check_compiler()
+    (finding,) = environment.check_compiler(offloads=False)
     assert finding.level == "warning" and "will not compile: AdamW of offloaded states" in finding.what
 
 
@@ -198,8 +198,18 @@ def test_versions_outside_the_bounds_and_known_bad_pairs():
 
 def test_missing_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = environment.check_compiler()
+    (finding,) = environment.check_compiler(offloads=False)
     assert (finding.level, finding.what, finding.fix) == ("error", "no C++ compiler", "apt-get install g++")
+
+
+@pytest.mark.parametrize(("offloads", "level"), [(False, "note"), (True, "error")])
+def test_a_missing_nvcc_matters_only_where_states_are_offloaded(monkeypatch, offloads, level):
+    """PyTorch's own wheels bring no nvcc, and nothing but the host's AdamW is compiled with it."""
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    (finding,) = environment.check_compiler(offloads)
+    assert (finding.level, finding.what) == (level, "no nvcc and no CUDA_HOME")
 
 
 def test_an_interface_that_does_not_exist():

@@ -32,9 +32,10 @@ SIZES = Sizes(
     vocabulary=50, activations=700.0, layer_activations=200.0, widest=16, cache=96,
 )  # fmt: skip
 SETTING = Setting(
-    stage=0, ranks=1, element=2, is_mixed=True, adapter_element=2, nf4=False, double=True, moments=8.0,
-    offload_optimizer=False, offload_param=False, checkpointing=False, micro_tokens=10, accumulates=True, labels=4,
-    rows=5, row_tokens=7, strategy="auto", generates=True, reduce_bucket=400, live=500, memory=1e5, overhead=0.0,
+    stage=0, ranks=1, element=2, is_mixed=True, adapter_element=2, gradient_element=2, nf4=False, double=True,
+    moments=8.0, offload_optimizer=False, offload_param=False, checkpointing=False, micro_tokens=10, accumulates=True,
+    labels=4, rows=5, row_tokens=7, strategy="auto", generates=True, reduce_bucket=400, live=500, memory=1e5,
+    overhead=0.0,
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_states_by_stage():
     assert two[3]["gathered"] == 1000  # 500 of 1000 elements
     eight = parts("train", moments=2.0 + 8 / 256)
     assert eight["moments"] == 2031.25
-    plain = parts("train", is_mixed=False, element=4)
+    plain = parts("train", is_mixed=False, element=4, gradient_element=4)
     assert (plain["masters"], plain["gradients"]) == (0, 4000)
 
 
@@ -95,11 +96,15 @@ def test_activations_and_logits():
 
 
 def test_generation_takes_what_is_free():
-    """Resident 14000 of 100000 bytes; a row has 7 tokens of 96 bytes; a quarter of what is free goes to the cache."""
-    cache = parts("generate")["cache"]
-    assert cache == 5 * 7 * 96
-    tight = parts("generate", memory=14000 + 4 * 2 * 7 * 96 + 40.0)
-    assert tight["cache"] == 2 * 7 * 96
+    """Resident 14000 of 100000 bytes, 4000 for gradients to come; a row has 7 tokens of 96 bytes. Of what is free then
+    .4 go to the cache and .2 to the activations of a call, (3 * 16 + 4 * 8) * 2 bytes a token."""
+    free = parts("generate")
+    assert (free["cache"], free["activations"]) == (5 * 7 * 96, 5 * 7 * 160)
+    tight = plan_memory(SIZES, replace(SETTING, memory=14000 + 4000 + 2 * 7 * 96 / 0.4 + 40.0))
+    assert tight.phases["generate"]["cache"] == 2 * 7 * 96
+    many = plan_memory(SIZES, replace(SETTING, rows=200, memory=18000 + 70 * 160 / 0.2 + 40.0))
+    assert many.call.tokens == 70 < many.cache_rows * 7
+    assert many.phases["generate"]["activations"] == 70 * 160
     sharded = plan_memory(SIZES, replace(SETTING, stage=3, ranks=4, memory=5000.0))
     assert (sharded.strategy, sharded.phases["generate"]["gathered"]) == ("sharded", 2 * 300 * 2)
     gathered = plan_memory(SIZES, replace(SETTING, stage=3, ranks=4))

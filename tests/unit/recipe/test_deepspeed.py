@@ -1,10 +1,18 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from ssgen_ds.errors import UserError
-from ssgen_ds.recipe.deepspeed import build_ds_config, merge, offloads_optimizer, with_fitting_bucket, zero_stage
+from ssgen_ds.recipe.deepspeed import (
+    build_ds_config,
+    merge,
+    offloads_optimizer,
+    sums_in_float32,
+    with_fitting_bucket,
+    zero_stage,
+)
 from ssgen_ds.recipe.load import parse_recipe
 
 SHIPPED = sorted(Path("ds_configs").rglob("*.json"))
@@ -76,6 +84,28 @@ def test_contradictions_are_named_together(tmp_path):
     ):
         assert part in message
     assert "train_micro_batch_size_per_gpu" not in message
+
+
+@pytest.mark.parametrize(
+    ("types", "stage", "dtype", "problem"),
+    [
+        ({"grad_accum_dtype": "fp32"}, 2, "bfloat16", None),
+        ({"grad_accum_dtype": "fp32"}, 3, "bfloat16", None),
+        ({"grad_accum_dtype": "fp32"}, 0, "float32", None),
+        ({"grad_accum_dtype": "fp32"}, 1, "bfloat16", "at ZeRO-2 and 3 only; set zero_optimization.stage=2"),
+        ({"grad_accum_dtype": "fp16"}, 2, "bfloat16", "must be one of bf16, fp32, got 'fp16'"),
+        ({"grad_accum_dtype": "bf16"}, 2, "float32", "the model computes in float32; remove it"),
+        ({"other": 1}, 2, "bfloat16", "data_types.other: remove it, only grad_accum_dtype may be set"),
+    ],
+)
+def test_the_sums_of_gradients_may_be_asked_for_in_float32(tmp_path, types, stage, dtype, problem):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"data_types": types, "zero_optimization": {"stage": stage}}))
+    if problem is None:
+        assert sums_in_float32(build_ds_config(recipe(str(file)), 2, dtype))
+        return
+    with pytest.raises(UserError, match=re.escape(problem)):
+        build_ds_config(recipe(str(file)), 2, dtype)
 
 
 def test_missing_and_broken_files(tmp_path):

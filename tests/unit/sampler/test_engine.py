@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -143,3 +144,19 @@ def test_the_model_trains_on_as_before_also_after_a_stop():
     one.world.stop.is_set = False
     with one.ready():
         assert not one.module.training and not torch.is_grad_enabled()
+
+
+def test_what_is_freed_goes_back_to_the_gpu_between_generation_and_training(monkeypatch):
+    """Once when it begins and once when it ends, also after an error; not between the batches of a round."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
+    on_gpu = EngineSampler(tiny_model("llama"), alone(), BatchLimit(2))
+    object.__setattr__(on_gpu.world, "device", torch.device("cuda", 0))
+    with suppress(NonFiniteError), on_gpu.ready():
+        with on_gpu.ready():
+            order.append("batch")
+        raise NonFiniteError("on purpose")
+    assert order == ["given back", "batch", "given back"]
+    with sampler().ready():
+        pass
+    assert len(order) == 3, "a CPU has nothing to give back"

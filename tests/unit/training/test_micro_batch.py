@@ -87,15 +87,17 @@ def test_in_another_setup_it_is_measured_anew(tmp_path, monkeypatch):
     assert lengths == [30, 60] and now["setup"]["longest"] == 60
 
 
-def test_moments_that_a_resume_has_loaded_are_not_counted_again():
-    """Else a run that goes on sees less memory than the one that began, and chooses other things."""
+@pytest.mark.parametrize(("stage", "moments", "gradients"), [(0, 64, 32), (1, 32, 32), (2, 32, 16), (3, 32, 16)])
+def test_moments_that_a_resume_has_loaded_are_not_counted_again(stage, moments, gradients):
+    """Else a run that goes on sees less memory than the one that began, and chooses other things. On two ranks eight
+    parameters have moments of 64 bytes, shared from ZeRO-1 on, and gradients of 32, shared from ZeRO-2 on."""
     model = torch.nn.Linear(4, 2, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
-    engine = SimpleNamespace(module=model, optimizer=optimizer)
-    assert optimizer_bytes_to_come(engine, WORLD) == 3 * 4 * 8 / 2
+    engine = SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: stage)
+    assert optimizer_bytes_to_come(engine, WORLD) == moments + gradients
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert optimizer_bytes_to_come(engine, WORLD) == 4 * 8 / 2
+    assert optimizer_bytes_to_come(engine, WORLD) == gradients
 
 
 # -- on a GPU, whose memory is played ----------------------------------------------------------------------------------
