@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssgen_ds.errors import StopRequested
+from ssgen_ds.modeling import shards
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.free import free_request
 from ssgen_ds.sampler.requests import Request
@@ -72,6 +73,41 @@ def test_generation_leaves_training_as_it_was(world, folder, strategy, adapter):
 def test_tokens_are_those_of_whole_parameters(world, folder, strategy, number):
     partitioned = uneven_answers(world, folder, number, deepspeed=PARTITIONED, selfgen__strategy=strategy)
     assert partitioned == uneven_answers(world, folder, number, deepspeed=zero(0))
+
+
+@pytest.fixture
+def coalesced(monkeypatch) -> list[int]:
+    """Gathered by DeepSpeed's own call, which is the only one on a GPU; how many parameters each time."""
+    made: list[int] = []
+    real = shards._gather_coalesced
+
+    def gather(parameters: list[Any]) -> Any:
+        made.append(len(parameters))
+        return real(parameters)
+
+    monkeypatch.setattr(shards, "_is_plain", lambda parameter: False)
+    monkeypatch.setattr(shards, "_gather_coalesced", gather)
+    return made
+
+
+@ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gathered_as_on_a_gpu_the_tokens_are_the_same(world, folder, strategy, coalesced):
+    partitioned = uneven_answers(world, folder, 5, deepspeed=PARTITIONED, selfgen__strategy=strategy)
+    assert coalesced, "DeepSpeed's call was made"
+    assert partitioned == uneven_answers(world, folder, 5, deepspeed=zero(0))
+
+
+@ranks(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gathered_as_on_a_gpu_partitions_come_back(world, folder, strategy, coalesced):
+    watched = Watched(world, folder, strategy)
+    tokens = watched.sample()
+    assert statuses(watched.module) == ["NOT_AVAILABLE"]
+    assert all(world.gather(watched.sample_with_an_error()))
+    assert statuses(watched.module) == ["NOT_AVAILABLE"]
+    assert watched.sample() == tokens
+    assert train_step(watched.engine, a_window(world), 1e-2, world).loss > 0
 
 
 class Watched:
