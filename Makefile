@@ -15,7 +15,7 @@ demo: setup
 	  deepspeed --num_accelerators 2 --module ssgen_ds.train recipes/demo.yaml
 
 test: setup lint
-	$(BIN)/python -m pytest tests -m "not faults"
+	$(BIN)/python -m pytest tests -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults tests/cluster

@@ -58,6 +58,8 @@ class RankWorker:
             while (names := self._next_names()) is not None:
                 item, next_item = (items.get(name) for name in names)
                 assert item is not None, f"the ranks have collected no {names[0]}"
+                # What is open may be what another test needs than comes now: several pytests share the files out.
+                session._setupstate.teardown_exact(item)
                 self._reports = []
                 session.config.hook.pytest_runtest_protocol(item=item, nextitem=next_item)
                 gc.collect()  # engines hold themselves in cycles, and many tests share this process
