@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# All benchmarks of a GPU in one call of under 10 minutes, offline: training (T3 with TRL and QLoRA, then T1 and T2), then
-# self-generation. Results go to OUT (default bench/results). The DeepSpeed wheel of constraints.txt must be installed.
+# What a GPU can tell, offline, on a machine with torch for CUDA and the packages of pyproject.toml.
+#   bench/gpu.sh       one process of under 10 minutes; a line of JSON after each item, in OUT/gpu.jsonl
+#   bench/gpu.sh trl   LoRA and QLoRA beside TRL (row T3), which needs the extras bench and qlora; in OUT/gpu-trl.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 OUT=${OUT:-bench/results}
-limit() { timeout "$@" || echo "{\"not measured\": \"ended after $1 s, or failed\"}"; }
-limit 240 python -m ssgen_ds bench train --rows T3 --json >"$OUT/gpu-T3.json"
-limit 180 python -m ssgen_ds bench train --rows T1,T2 --json >"$OUT/gpu-T1-T2.json"
-limit 150 python -m ssgen_ds bench selfgen --rows S1,S3 --json >"$OUT/gpu-selfgen.json"
+case "${1:-all}" in
+  all) timeout 590 python -m bench.gpu "$OUT/gpu.jsonl" ;;
+  trl) timeout 590 python -m ssgen_ds bench train --rows T3 --json >"$OUT/gpu-trl.json" ;;
+  *) echo "usage: bench/gpu.sh [trl]" >&2; exit 2 ;;
+esac

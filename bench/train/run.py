@@ -122,7 +122,14 @@ def t3(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
     if not on_gpu():
         return {"ours": NOT_MEASURED, "why": "no GPU at hand"}
-    sides = {name: side(f"gpu-{name}", sizes, folder) for name in ("ours", "trl", "qlora")}
+    sides, missing = {}, []
+    for name in ("ours", "trl", "qlora"):
+        try:
+            sides[name] = side(f"gpu-{name}", sizes, folder)
+        except UserError as error:  # what the others have found is not lost
+            missing.append(str(error))
+    if missing:
+        return {"ours": NOT_MEASURED, "why": "; ".join(missing), "details": sides}
     return gpu.table_row(sides, gpu.operations(sizes), torch.cuda.get_device_name())
 
 

@@ -37,6 +37,6 @@ class Sizes:
     gpu_heads: int = 32
     gpu_vocabulary: int = 128256
     gpu_length: int = 2048
-    gpu_rows: int = 4
+    gpu_rows: int = 2
     gpu_steps: int = 8
     timeout_seconds: float = 900.0
