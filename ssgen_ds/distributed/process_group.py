@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -33,6 +34,7 @@ from ssgen_ds.errors import EXIT_FAILURE, NonFiniteError, RankError, RankLost, S
 from ssgen_ds.recipe.schema import RecoveryConfig
 
 _BACKEND_SLACK = 60.0  # seconds
+_DRIVER = Path("/proc/driver/nvidia/version")
 _END_SECONDS = 10.0  # limit for the group to end, and for the process if the group does not
 _REFUSAL_SECONDS = 30.0  # how long a rank with a problem waits for rank 0, to tell it
 
@@ -65,7 +67,25 @@ def _place() -> tuple[Place, bool]:
     if is_own:
         env["LOCAL_RANK"] = str(local_rank % gpus)  # DeepSpeed takes it for the number of the device
     gpu = _gpu_id(local_rank % gpus) if is_own else ""
-    return Place(rank, size, local_rank, local_size, gpus, socket.gethostname(), gpu), on_gpu
+    return Place(rank, size, local_rank, local_size, gpus, socket.gethostname(), gpu, _hidden_gpus()), on_gpu
+
+
+def _hidden_gpus() -> str:
+    """Why a host with NVIDIA's driver shows torch no GPU, and what to do; "" where it does, or none is asked for.
+
+    Otherwise the run would go on on the CPU, a hundred times slower, and nobody would be told.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or torch.cuda.is_available() or not _DRIVER.exists():
+        return ""
+    or_not = "or set DS_ACCELERATOR=cpu to train on the CPU"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return f"CUDA_VISIBLE_DEVICES={shown!r} shows no GPU: unset it, name some that `nvidia-smi -L` lists, {or_not}"
+    built = torch.version.cuda or "no CUDA: the CPU build"
+    return (
+        f"there is an NVIDIA driver, but torch ({built}) sees no GPU: install a torch built for the CUDA that "
+        f"`nvidia-smi` shows, {or_not}"
+    )
 
 
 @contextmanager
@@ -132,7 +152,15 @@ def _gpu_id(index: int) -> str:
 def _device(on_gpu: bool, index: int, local_size: int) -> torch.device:
     if on_gpu:
         device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device)  # the first use: before it CUDA has not looked at the GPU
+        except RuntimeError as error:
+            told = str(error).strip().splitlines()[0]
+            raise RankError(
+                f"GPU {index} of {socket.gethostname()} cannot be used: {told}; `nvidia-smi` shows what runs on it, "
+                "which in exclusive mode is one process"
+            ) from None
         return device
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores

@@ -38,7 +38,7 @@ class Place:
     gpus: int  # visible to this rank; 0 on a CPU
     host: str
     gpu: str = ""  # the id of its own, where fewer are visible than there are ranks on the node
-    problem: str = ""  # why this rank cannot take part: its recipe is wrong or missing
+    problem: str = ""  # why this rank cannot take part: its recipe is wrong, or its GPU hidden
 
 
 def join(place: Place, seconds: float) -> Meeting:
@@ -48,6 +48,8 @@ def join(place: Place, seconds: float) -> Meeting:
     or when they do not fit together.
     """
     if place.size == 1:
+        if place.problem:
+            raise UserError(place.problem)
         return Meeting(None)
     meeting = _open(place, seconds)
     store = meeting.store

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_SDPA = ("sdpa", "flash_attention_2")
 _PACKED = "ssgen_packed"  # name of the attention function while a call runs
 
 
@@ -51,6 +52,10 @@ class CachedCausalLM:
         self.before_call = before_call
         self.device = torch.device(device or model.device)
 
+    @property
+    def _attention(self) -> str:
+        return self.config._attn_implementation
+
     def open(self, rows: int, capacity: int) -> None:
         """Start a batch whose rows hold at most `capacity` tokens each."""
         self._memory = _Memory(rows, aligned(capacity))
@@ -68,7 +73,7 @@ class CachedCausalLM:
         """Feed pieces of different rows; logits [W, V] where they are wanted, piece by piece."""
         self.before_call()
         kinds, window = layer_kinds(self.config)
-        masks = Masks(window, self.config._attn_implementation == "sdpa", self.model.dtype)
+        masks = Masks(window, self._attention in _SDPA, self.model.dtype)
         layout = self._memory.layout = CallLayout.of(pieces, self._memory.rows, masks, self.device)
         # Layers tell their kind by the size of what they are given as a mask.
         tags = {kind: torch.empty(1, 1, 1, i + 1, device=self.device) for i, kind in enumerate(kinds)}
@@ -85,7 +90,8 @@ class CachedCausalLM:
     @contextmanager
     def _grouped_attention(self, layout: CallLayout, kinds: list[str]) -> Iterator[None]:
         """Inside, the model's attention function works on each group's rows."""
-        implementation = self.config._attn_implementation
+        # Prompts take torch's own kernels where flash-attn is asked for, too: among them are the same ones.
+        implementation = "sdpa" if self._attention in _SDPA else self._attention
 
         def attend(
             module: torch.nn.Module,

@@ -66,6 +66,8 @@ def packed_attention(model: PreTrainedModel, layout: Layout | None) -> Iterator[
     ) -> tuple[torch.Tensor, None]:
         mask = None if attention_mask is None or attention_mask.shape[-1] == 1 else attention_mask
         function = attention_function(implementation, module)
+        if implementation == "flash_attention_2":
+            kwargs.pop("position_ids", None)  # they are those of the one row that the model sees
         padded, _ = function(module, *map(layout.to_padded, (query, key, value)), mask, **kwargs)
         return layout.to_packed(padded), None
 
@@ -83,14 +85,16 @@ def layer_kinds(config: Any) -> tuple[list[str], int | None]:
 def _masks(config: Any, dtype: torch.dtype, layout: Layout) -> torch.Tensor | dict[str, torch.Tensor]:
     """[1, 1, L, L] for all rows: padding comes last, and what it attends to is dropped.
 
-    A mask of one element means no mask: sdpa then takes its causal kernels, which need no mask.
+    A mask of one element means no mask: sdpa then takes its causal kernels, which need no mask. So do those of
+    flash-attn, which know windows by themselves.
     """
     kinds, window = layer_kinds(config)
+    is_flash = config._attn_implementation == "flash_attention_2"
     columns_L = torch.arange(layout.width, device=layout.slots_N.device)
 
     def mask(kind: str) -> torch.Tensor:
         seen_LL = columns_L <= columns_L[:, None]
-        narrow = kind == "sliding_attention" and window is not None and window < layout.width
+        narrow = kind == "sliding_attention" and window is not None and window < layout.width and not is_flash
         if narrow and window is not None:
             seen_LL &= columns_L > columns_L[:, None] - window
         if config._attn_implementation == "eager":

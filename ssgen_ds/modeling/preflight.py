@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ssgen_ds.data.paths import resolve_path
@@ -66,8 +67,19 @@ def input_problems(recipe: Recipe) -> list[str]:
     problems.ask(lambda: find_local_model(recipe.model.path))
     problems.collect(lambda: adapter_problems(recipe.model.adapter_path, zero_stage=0))
     problems.add(missing_bitsandbytes(recipe))
+    problems.add(_missing_attention(recipe))
     problems.add(data_problems(recipe.data))
     return problems.found
+
+
+def _missing_attention(recipe: Recipe) -> list[str]:
+    """A sentence where the recipe asks for attention kernels that are not installed."""
+    if recipe.model.attention != "flash_attention_2" or find_spec("flash_attn") is not None:
+        return []
+    return [
+        "model.attention=flash_attention_2: the package flash-attn is missing; "
+        "pip install flash-attn --no-build-isolation, or set model.attention=sdpa"
+    ]
 
 
 def data_problems(data: DataConfig) -> list[str]:

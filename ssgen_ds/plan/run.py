@@ -27,7 +27,7 @@ from ssgen_ds.recipe.deepspeed import (
     sums_in_float32,
     zero_stage,
 )
-from ssgen_ds.recipe.load import load_recipe
+from ssgen_ds.recipe.load import load_recipe, with_overrides
 from ssgen_ds.recipe.schema import Recipe
 from ssgen_ds.sampler.limits import MOST_ROWS
 
@@ -210,7 +210,7 @@ CHANGES = (
 )
 
 
-def advise(file: Path, overrides: list[str], hardware: Hardware) -> list[str] | None:
+def advise(recipe: Recipe, hardware: Hardware) -> list[str] | None:
     """The fewest and mildest `key=value` that make the recipe fit; None when none of them do."""
     for number in (1, 2, 3, 4):
         for chosen in combinations(CHANGES, number):
@@ -219,7 +219,7 @@ def advise(file: Path, overrides: list[str], hardware: Hardware) -> list[str] | 
             if len(set(keys)) < len(keys):
                 continue
             try:
-                plan, _, setting = plan_recipe(load_recipe(file, [*overrides, *changes]), hardware)
+                plan, _, setting = plan_recipe(with_overrides(recipe, changes), hardware)
             except UserError:
                 continue
             if fits(plan, setting, hardware):
@@ -267,7 +267,7 @@ def print_plan(file: Path, overrides: list[str], hardware: Hardware, card: str, 
         hardware = replace(hardware, name=card, is_here=False)
     plan, sizes, setting = plan_recipe(recipe, hardware)
     ok = fits(plan, setting, hardware)
-    changes = None if ok else advise(file, overrides, hardware)
+    changes = None if ok else advise(recipe, hardware)
     times = timing(recipe, sizes, setting, plan, hardware)
     if as_json_only:
         body = {**as_json(plan), "fits": ok, "memory": setting.memory, "changes": changes, "seconds": times}

@@ -56,6 +56,14 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The recipe with dotted `key=value` overrides. Raises UserError."""
+    raw = recipe.model_dump(mode="json")
+    for override in overrides:
+        apply_override(raw, override, Recipe)
+    return parse_recipe(raw)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

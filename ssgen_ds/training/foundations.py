@@ -34,6 +34,7 @@ from ssgen_ds.run import folder as run_folder
 from ssgen_ds.run.finished_model import model_problems
 from ssgen_ds.run.layout import RECIPE_FILE
 from ssgen_ds.run.logbook import missing_packages
+from ssgen_ds.training.device_checks import DeviceFacts, device_facts, device_problems
 from ssgen_ds.training.schedules import check_length
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def lay_foundations(recipe: Recipe, world: World) -> Foundations | None:
     if has_ended:
         return None
     dtype = str(resolve_dtype(recipe.model, world.device)).removeprefix("torch.")
-    free = host_bytes(world)
-    ds_config, inputs = world.main_first(lambda: _ask_everything(recipe, world, dtype, free, problems_of_run))
+    free, devices = host_bytes(world), world.gather(device_facts(world.device))
+    ds_config, inputs = world.main_first(lambda: _ask_everything(recipe, world, dtype, free, devices, problems_of_run))
     if world.is_main:
         _warn(recipe, inputs.datasets.summary, world)
     fingerprints = inputs.datasets.fingerprint, inputs.chat.fingerprint()
@@ -97,7 +98,7 @@ def open_and_see_whether_ended(recipe: Recipe) -> bool:
 
 
 def _ask_everything(
-    recipe: Recipe, world: World, dtype: str, free: float, known: list[str]
+    recipe: Recipe, world: World, dtype: str, free: float, devices: list[DeviceFacts], known: list[str]
 ) -> tuple[dict[str, Any], Inputs]:
     """The DeepSpeed configuration and the inputs, after every check that needs no weights.
 
@@ -105,6 +106,7 @@ def _ask_everything(
 
     Args:
         free: bytes of the host's memory for this rank.
+        devices: of all ranks.
         known: problems that were found before.
 
     Raises:
@@ -122,6 +124,8 @@ def _ask_everything(
         problems.collect(lambda: target_problems(recipe, stage))
         if ds_config is not None and (offloads_optimizer(ds_config) or offloads_parameters(ds_config)):
             problems.collect(lambda: offload_problems(recipe, dtype, world.size, free))
+        if ds_config is not None:
+            problems.collect(lambda: device_problems(recipe, dtype, devices))
     inputs = None if opened is None else _read_inputs(recipe, opened, problems, world)
     problems.refuse()
     assert ds_config is not None and inputs is not None

@@ -66,3 +66,25 @@ def save_tiny_model(
     model.save_pretrained(folder)
     tiny_tokenizer(vocab_size).save_pretrained(folder)
     return model
+
+
+def like_flash_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What flash-attn computes, which needs a GPU: causal, in the layer's window, and with no mask of [L, L]."""
+    assert attention_mask is None and kwargs.get("position_ids") is None
+    length = query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if sliding_window is not None:
+        seen &= ~torch.ones(length, length, dtype=torch.bool).tril(-sliding_window)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2), None

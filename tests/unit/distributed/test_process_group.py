@@ -4,9 +4,11 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from ssgen_ds.distributed import process_group as distributed
+from ssgen_ds.errors import RankError, UserError
 from tests.support.launch import environment as process_environment
 
 
@@ -137,3 +139,39 @@ def test_a_launcher_that_shows_all_gpus_keeps_the_local_rank(monkeypatch) -> Non
         place, on_gpu = distributed._place()
         assert on_gpu and place.local_rank == 1
         assert distributed.os.environ["LOCAL_RANK"] == local_rank
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' shows no GPU: unset it, name some"),
+        ({"CUDA_VISIBLE_DEVICES": "9"}, "CUDA_VISIBLE_DEVICES='9' shows no GPU: unset it, name some"),
+        ({}, "there is an NVIDIA driver, but torch (no CUDA: the CPU build) sees no GPU"),
+        ({"DS_ACCELERATOR": "cpu"}, None),
+    ],
+)
+def test_a_gpu_that_is_hidden_is_not_replaced_by_the_cpu(environment, told, monkeypatch, tmp_path) -> None:
+    """A run would go on there, a hundred times slower, and say nothing."""
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_DRIVER", tmp_path)  # it exists
+    place, _ = distributed._place()
+    if told is None:
+        assert place.problem == ""
+        return
+    assert place.problem.startswith(told) and place.problem.endswith("or set DS_ACCELERATOR=cpu to train on the CPU")
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"), distributed.process_group():
+        pass
+
+
+def test_a_gpu_that_cannot_be_used_is_one_message(monkeypatch) -> None:
+    """Of a GPU in exclusive mode CUDA says so at its first use."""
+
+    def busy(device: object) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(RankError, match=r"^GPU 1 of \S+ cannot be used: CUDA error: all .* unavailable; `nvidia-smi`"):
+        distributed._device(True, 1, 2)

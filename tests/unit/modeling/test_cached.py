@@ -155,6 +155,20 @@ def test_a_call_within_limits_gives_the_same_tokens(model, limit, chunk, monkeyp
         assert len(calls) > stats_.calls
 
 
+def test_where_flash_attn_is_asked_for_samples_are_the_same(model):
+    """Its kernels know no mask over a memory; torch's own are taken for generation."""
+    if model.config._attn_implementation != "sdpa":
+        return
+    requests = some_requests(0.5)
+    before, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), 4)
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        after, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), 4)
+    finally:
+        model.config._attn_implementation = "sdpa"
+    assert [result.tokens for result in after] == [result.tokens for result in before]
+
+
 def test_keys_and_values_are_not_copied_to_all_heads(monkeypatch):
     """With a mask transformers repeats them in every layer: 32 GiB a call for 64 rows of 1024 tokens of an 8B model."""
     model = tiny_model("llama", num_hidden_layers=2)

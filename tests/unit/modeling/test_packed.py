@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssgen_ds.data.window import IGNORE, Sequence, collate
 from ssgen_ds.modeling.packed import attention_replaced, layer_kinds, packed_attention
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import like_flash_attention, tiny_model
 
 LENGTHS = (3, 24, 2)
 SEQUENCES = [Sequence(list(range(5, 5 + n)), [IGNORE] * (n - 1) + [2]) for n in LENGTHS]
@@ -39,6 +39,16 @@ def test_a_token_is_seen_by_the_later_ones_of_its_own_sequence_alone(family: str
         places_N = torch.arange(len(moved_N))
         allowed_N = (sequence_of == sequence_of[place]) & (places_N >= place) & (places_N <= place + reach)
         assert torch.equal(moved_N, allowed_N), place
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flash_attention_gets_rows_without_a_mask_and_computes_the_same(family: str, monkeypatch) -> None:
+    model = tiny_model(family)
+    ids_1N = collate(SEQUENCES, "cpu", True).input_ids_BL
+    expected_NV = packed_logits(model, ids_1N)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", like_flash_attention)
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(packed_logits(model, ids_1N), expected_NV, atol=2e-5, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was_when_its_forward_fails() -> None:

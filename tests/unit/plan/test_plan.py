@@ -178,7 +178,7 @@ def test_what_would_make_it_fit_is_the_mildest_change_that_does(gpus, memory, ex
     file, hardware = Path("recipes/llama8b_full_8gpu.yaml"), Hardware(gpus, 1, memory, "", False)
     plan, _, setting = plan_recipe(load_recipe(file), hardware)
     assert not fits(plan, setting, hardware)
-    assert advise(file, [], hardware) == expected
+    assert advise(load_recipe(file), hardware) == expected
     plan, _, setting = plan_recipe(load_recipe(file, expected), hardware)
     assert fits(plan, setting, hardware)
 
