@@ -210,6 +210,7 @@ def gap(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure the training-inference gap: gold tokens after gold contexts and after the model's own."""
+    from ssgen_ds.evaluate.gap_options import check_folder, parse_rates
     from ssgen_ds.inference.preflight import check_before_meeting
     from ssgen_ds.inference.session import InferenceSettings
 
@@ -217,9 +218,8 @@ def gap(
         model="", data=data, prompt=prompt, limit=limit, batch=options.rows_of(batch), deepspeed=deepspeed,
         reference_column=reference, max_prompt_tokens=max_prompt_tokens, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    check_before_meeting(model, where, of_first=None)
+    check_before_meeting(model, where, lambda: parse_rates(rates), of_first=lambda: check_folder(out, model))
     from ssgen_ds.evaluate.gap import gap as run
-    from ssgen_ds.evaluate.gap import parse_rates
     from ssgen_ds.evaluate.gap_measure import GapSettings
 
     how = GapSettings(rates=parse_rates(rates), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ssgen_ds.data.paths import resolve_path
 from ssgen_ds.errors import GenerationInterrupted, Problems, StopRequested, UserError
 from ssgen_ds.evaluate.gap_file import find_file, find_folder, gap_identity
-from ssgen_ds.evaluate.gap_measure import FREE, GOLD, Contexts, GapSettings, Measurement, measure
+from ssgen_ds.evaluate.gap_measure import Contexts, GapSettings, Measurement, measure
 from ssgen_ds.inference.session import Inference, InferenceSettings, Ticker, data_config, open_inference
 from ssgen_ds.run.layout import CHECKPOINTS_FOLDER, FIGURE_SUFFIX, PARTIAL
 
@@ -85,17 +85,6 @@ def gap(models: list[str], where: InferenceSettings, how: GapSettings, out: Path
             print_summary(result)
             print(f"{file}, {file.with_suffix(FIGURE_SUFFIX)}")
         subjects[0].inference.say_what_was_cut()
-
-
-def parse_rates(text: str) -> tuple[float, ...]:
-    """`0,.1,.5` -> ascending rates; 0 and 1 are always among them. Raises UserError."""
-    try:
-        rates = {float(item) for item in text.split(",") if item.strip()}
-    except ValueError:
-        raise UserError(f"--rates: must be numbers with commas between them, got {text!r}") from None
-    if not all(GOLD <= rate <= FREE for rate in rates):
-        raise UserError(f"--rates: must lie between 0 and 1, got {text!r}")
-    return tuple(sorted(rates | {GOLD, FREE}))
 
 
 def open_subjects(

@@ -7,30 +7,23 @@ from pathlib import Path
 
 from ssgen_ds.errors import UserError
 from ssgen_ds.evaluate.gap_measure import GapSettings
+from ssgen_ds.evaluate.gap_options import check_folder
 from ssgen_ds.evaluate.result_file import make_folder, model_identity, run_of, step_of_model
 from ssgen_ds.inference.session import Inference, InferenceSettings
 from ssgen_ds.run.evaluations import GAP_FIX, free_file, is_ours
-from ssgen_ds.run.files import check_writable
 from ssgen_ds.run.layout import GAP_FILE, GAP_FOLDER
 from ssgen_ds.run.result_names import digest, setting_parts
 
 
 def find_folder(out: Path | None, models: list[str]) -> Path:
     """The folder for the results. Raises UserError where they cannot be written."""
-    if out is None:
-        run_dir = run_of(models[0]) if len(models) == 1 else None
-        if run_dir is None:
-            raise UserError("--out: name the folder to write (a single run folder keeps its own in gap/)")
-        return make_folder(run_dir / GAP_FOLDER, "a folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
-    if not out.exists() and not out.absolute().parent.is_dir():
-        raise UserError(f"--out: {out.parent} is no folder")
-    try:
-        check_writable(out if out.exists() else out.absolute().parent)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); name a folder elsewhere") from None
-    return out
+    check_folder(out, models)
+    if out is not None:
+        return out
+    run_dir = run_of(models[0])
+    if run_dir is None:
+        raise UserError("--out: name the folder to write (a single run folder keeps its own in gap/)")
+    return make_folder(run_dir / GAP_FOLDER, "a folder")
 
 
 def gap_identity(measured: list[tuple[str, Inference]], how: GapSettings, out: Path | None) -> str:

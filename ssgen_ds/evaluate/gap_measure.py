@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ssgen_ds.data.tokenize import ChatFormat, Example
 from ssgen_ds.data.window import shard_by_length
 from ssgen_ds.errors import NonFiniteError
+from ssgen_ds.evaluate.gap_options import FREE, GOLD
 from ssgen_ds.modeling.cache_check import check_cache
 from ssgen_ds.modeling.cached import CachedCausalLM
 from ssgen_ds.modeling.loss import CHUNK_LOGITS, check_loss
@@ -31,7 +32,6 @@ from ssgen_ds.sampler.noise import Stream, sequence_key
 from ssgen_ds.sampler.requests import OnDone, OnDoneOf
 from ssgen_ds.selfgen.bss import bss_request
 
-GOLD, FREE = 0.0, 1.0
 RATES = (GOLD, 0.05, 0.1, 0.25, 0.5, FREE)
 TOKENS_PER_CALL = 2**14  # scored in one call on a rank, padding included; more would not be faster
 Contexts = dict[float, list[list[int]]]  # mix rate -> the context of each example, as long as its gold response

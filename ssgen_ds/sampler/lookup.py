@@ -1,4 +1,4 @@
-"""What may come next, found by looking the text's last tokens up in texts like it: guesses for free decoding.
+"""Guesses for free decoding: what followed the last tokens of a text elsewhere, in itself and in texts like it.
 
 A draft repeats its previous visit, the gold answer, the prompt and itself. The guess is what followed the longest
 suffix of the text that occurs before: in the corpora or in the text. A suffix automaton finds it in constant amortised

@@ -1,8 +1,8 @@
-"""What was generated for an example when it was last visited: a guess for this visit, read from the run's own files.
+"""What was generated for an example at its last visit: a guess for this visit, read from the run's own files.
 
-Only rounds before the one being generated count. They are on disk whether or not the run was interrupted since, and
-later files of an abandoned continuation are never looked at: a resumed run makes the calls of the uninterrupted one.
-Guesses decide what generation costs, never what it gives, so a file that is gone is worth a warning and no more.
+Only rounds before the one that is being generated count. They are on disk whether or not the run was interrupted, and
+nothing later is read, so that a resumed run makes the calls of an uninterrupted one. Guesses decide what generation
+costs, never what it gives: a file that is gone is worth a warning and no more.
 """
 
 from __future__ import annotations

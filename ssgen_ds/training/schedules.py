@@ -56,10 +56,17 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: str, wa
 def check_length(
     path: Path, step: int, before: Recipe, recipe: Recipe, total_steps: int, say: Callable[[str], None]
 ) -> None:
-    """May a run of now `total_steps` go on after `step`, trained by the recipe `before`? Other schedules are said.
+    """Say what another length means for a run that goes on after `step`; refuse one that is shorter than that.
 
     Learning rate and mix rate are functions of the step and of the total: from here on they follow the new total.
-    Raises UserError when more steps are trained already.
+
+    Args:
+        path: the checkpoint that the run goes on from.
+        before: the recipe by which it was trained so far.
+        total_steps: steps of the run by its recipe now.
+
+    Raises:
+        UserError: more steps are trained already.
     """
     now, was = recipe.train, before.train
     if (now.max_steps, now.epochs) == (was.max_steps, was.epochs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from ssgen_ds.data.tokenize import Example
 from ssgen_ds.data.window import Packing, build_window
 from ssgen_ds.distributed.world import World
 from ssgen_ds.errors import NonFiniteError, UserError
-from ssgen_ds.evaluate.gap import base_of, check_examples, find_folder, parse_rates, unique_names
+from ssgen_ds.evaluate.gap import base_of, check_examples, unique_names
+from ssgen_ds.evaluate.gap_file import find_folder
 from ssgen_ds.evaluate.gap_measure import GapSettings, Measurement, Scores, context_key, measure, score_gold
 from ssgen_ds.evaluate.gap_numbers import Resamples, gap_result, position_edges
+from ssgen_ds.evaluate.gap_options import parse_rates
 from ssgen_ds.evaluate.gold_loss import window_loss
 from ssgen_ds.inference.answers import answer_key
 from ssgen_ds.inference.model_source import ModelSource
@@ -27,6 +30,7 @@ from ssgen_ds.report.gap_figure import gap_curves, save_figure, spread
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
 from ssgen_ds.sampler.noise import Stream, sequence_key
 from ssgen_ds.selfgen.bss import context_sequence, draw_coins
+from tests.support.launch import run
 from tests.support.tiny_models import tiny_model
 from tests.support.tiny_runs import tiny_recipe
 
@@ -299,6 +303,30 @@ def test_folders(tmp_path: Path) -> None:
         find_folder(run / "recipe.yaml", ["x"])
     with pytest.raises(UserError, match="is no folder"):
         find_folder(tmp_path / "no" / "new", ["x"])
+
+
+def test_what_is_wrong_with_the_command_is_told_at_once_and_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ssgen_ds.cli import app\n"
+        "try: app(sys.argv[1:], standalone_mode=False)\n"
+        "except Exception as error: print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    given = [
+        "gap",
+        "--model",
+        "no/such/model",
+        "--data",
+        "no.jsonl",
+        "--rates",
+        "2",
+        "--out",
+        str(tmp_path / "a" / "b"),
+    ]
+    finished = run([sys.executable, "-c", code, *given], 60)
+    assert finished.stdout.splitlines()[-1] == "False", finished
+    for name in ("4 problems", "--model: no/such/model", "--data: no such file", "--rates: must lie", "--out: "):
+        assert name in finished.stdout
 
 
 def test_the_base_of_a_run_is_what_it_was_trained_from(tmp_path: Path) -> None:
