@@ -13,6 +13,7 @@ import torch
 from bench.gpu.rig import Rig
 from ssgen_ds.data.window import Packing, Sequence, build_window
 from ssgen_ds.modeling.cached import CachedCausalLM, inference_mode
+from ssgen_ds.modeling.decode_step import record_cuda
 from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.fixed_point import sample_fixed_point
@@ -197,15 +198,24 @@ def contexts(rig: Rig) -> Found:
 
 
 def drafts(rig: Rig) -> Found:
-    """Free decoding of as many rows as fit."""
+    """Free decoding of as many rows as fit, by plain calls and by CUDA graphs of them."""
     from ssgen_ds.sampler.free import free_request
 
     some = [
         free_request(one.prompt_ids, rig.sizes.draft, one.key, frozenset())
         for one in rig.requests(rig.sizes.requests, 0.1)
     ]
-    _, stats, seconds = rig.sampler.sample(some, Sampling(), 1)
-    return {"seconds": seconds, "calls": stats.calls, "tokens/s": len(some) * rig.sizes.draft / seconds}
+    found: Found = {}
+    texts = []
+    for name, record in (("plain", None), ("graphs", record_cuda)):
+        if record is not None and rig.world.device.type != "cuda":
+            continue
+        results, stats, seconds = replace(rig.sampler, record=record).sample(some, Sampling(), 1)
+        texts.append([token for result in results for token in result.tokens])
+        same = sum(a == b for a, b in zip(texts[0], texts[-1], strict=True))
+        rate = len(some) * rig.sizes.draft / seconds
+        found[name] = {"seconds": seconds, "calls": stats.calls, "tokens/s": rate, "same tokens": same}
+    return found
 
 
 def profile(rig: Rig) -> Found:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ssgen_ds.evaluate.gap_measure import FREE, GOLD, GapSettings, Measurement, Scores
+from ssgen_ds.evaluate.gap_measure import GapSettings, Measurement, Scores
+from ssgen_ds.evaluate.gap_options import FREE, GOLD
 from ssgen_ds.metrics.intervals import CONFIDENCE, Interval
 
 RESAMPLES = 2_000  # the ends of an interval then stray by a few percent of its width

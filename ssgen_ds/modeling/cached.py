@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssgen_ds.modeling.call_layout import CallLayout, Masks, aligned, masked_attention, on_device
+from ssgen_ds.modeling.decode_step import DecodeStep, Record
 from ssgen_ds.modeling.packed import attention_function, attention_replaced, layer_kinds
 from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.modeling.project import project_only
@@ -39,6 +40,7 @@ class CachedCausalLM:
         model: the (possibly PEFT-wrapped, possibly ZeRO-3 partitioned) module; called as it is.
         before_call: runs before every forward; ranks use it to agree that one more call follows.
         device: where the model computes; by default where its parameters are.
+        record: records calls of one token a row, to replay them; None makes every call anew.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class CachedCausalLM:
         model: PreTrainedModel,
         before_call: Callable[[], object] = lambda: None,
         device: torch.device | str | None = None,
+        record: Record | None = None,
     ):
         self.model = model
         self.config = model.config.get_text_config()
         self.before_call = before_call
         self.device = torch.device(device or model.device)
+        self._decode = None if record is None else DecodeStep(self._run, self._masks, self.device, record)
 
     @property
     def _attention(self) -> str:
@@ -58,9 +62,12 @@ class CachedCausalLM:
 
     def open(self, rows: int, capacity: int) -> None:
         """Start a batch whose rows hold at most `capacity` tokens each."""
-        self._memory = _Memory(rows, aligned(capacity))
+        spare = 0 if self._decode is None else 1  # a slot for rows that feed nothing
+        self._memory = _Memory(rows, aligned(capacity + spare))
         self._layers = [_PositionLayer(self._memory) for _ in range(self.config.num_hidden_layers)]
         self._cache = Cache(layers=self._layers)
+        if self._decode is not None:
+            self._decode.open(rows, self._memory.capacity)
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows of the batch but these, in this order."""
@@ -68,13 +75,25 @@ class CachedCausalLM:
         (rows_B,) = on_device([rows], self.device)
         for layer in self._layers:
             layer.keep(rows_B)
+        if self._decode is not None:
+            self._decode.open(len(rows), self._memory.capacity)
+
+    @property
+    def _masks(self) -> Masks:
+        _, window = layer_kinds(self.config)
+        return Masks(window, self._attention in _SDPA, self.model.dtype)
 
     def __call__(self, pieces: list[Piece]) -> torch.Tensor:
         """Feed pieces of different rows; logits [W, V] where they are wanted, piece by piece."""
         self.before_call()
-        kinds, window = layer_kinds(self.config)
-        masks = Masks(window, self._attention in _SDPA, self.model.dtype)
-        layout = self._memory.layout = CallLayout.of(pieces, self._memory.rows, masks, self.device)
+        logits_WV = None if self._decode is None else self._decode(pieces)
+        if logits_WV is None:
+            logits_WV = self._run(CallLayout.of(pieces, self._memory.rows, self._masks, self.device))
+        return logits_WV
+
+    def _run(self, layout: CallLayout) -> torch.Tensor:
+        self._memory.layout = layout
+        kinds, _ = layer_kinds(self.config)
         # Layers tell their kind by the size of what they are given as a mask.
         tags = {kind: torch.empty(1, 1, 1, i + 1, device=self.device) for i, kind in enumerate(kinds)}
         with self._grouped_attention(layout, kinds), project_only(self.model, layout.wanted_W):

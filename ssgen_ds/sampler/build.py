@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssgen_ds.distributed.host_memory import GIB, free_bytes
 from ssgen_ds.distributed.world import World
+from ssgen_ds.modeling.decode_step import record_cuda
 from ssgen_ds.modeling.gather import full_shape, is_partitioned
 from ssgen_ds.modeling.shards import Shards
 from ssgen_ds.recipe.schema import Recipe, SelfgenConfig
@@ -65,7 +66,9 @@ def _choose(
     free = free_bytes(world) - reserved
     strategy, reason = choose_strategy(selfgen.strategy, *_strategies(module, shards, is_quantized, world), free, world)
     limit = batch_limit(selfgen, module, strategy, free - strategy.held_bytes, world)
-    return EngineSampler(module, world, limit, strategy), reason
+    # Under `sharded` a layer's weights come and go during a call: there is nothing that could be replayed.
+    can_record = selfgen.cuda_graph and world.device.type == "cuda" and not strategy.is_collective
+    return EngineSampler(module, world, limit, strategy, record_cuda if can_record else None), reason
 
 
 def _strategies(

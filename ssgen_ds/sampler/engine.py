@@ -21,6 +21,7 @@ import torch
 from ssgen_ds.distributed.world import World
 from ssgen_ds.errors import GenerationInterrupted, NonFiniteError
 from ssgen_ds.modeling.cached import CachedCausalLM, inference_mode
+from ssgen_ds.modeling.decode_step import Record
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.fixed_point import count_mismatches, sample_fixed_point
 from ssgen_ds.sampler.limits import rows_that_fit
@@ -70,12 +71,14 @@ class EngineSampler:
         world: the ranks.
         limit: how many sequences are in work at a time.
         strategy: how the parameters are held.
+        record: records calls of one token a row, to replay them; None makes every call anew.
     """
 
     module: PreTrainedModel
     world: World
     limit: BatchLimit
     strategy: Strategy = field(default_factory=Local)
+    record: Record | None = None
     _is_ready: bool = field(default=False, init=False)
 
     @contextmanager
@@ -112,7 +115,7 @@ class EngineSampler:
     def model(self) -> CachedCausalLM:
         """The module as the sampler's model; only while `ready`."""
         assert self._is_ready, "the sampler is not ready"
-        return CachedCausalLM(self.module, self.strategy.before_call, self.world.device)
+        return CachedCausalLM(self.module, self.strategy.before_call, self.world.device, self.record)
 
     def sample(
         self, requests: list[Request], sampling: Sampling, block: int | None, on_done: OnDone = lambda done, total: None
@@ -168,7 +171,7 @@ class EngineSampler:
         block: int | None,
         on_done: OnDone,
     ) -> tuple[list[Sampled], SamplerStats]:
-        model = CachedCausalLM(self.module, self.before_call, self.world.device)
+        model = CachedCausalLM(self.module, self.before_call, self.world.device, self.record)
         rows = self.limit.rows_for(everyones)
         results, stats = sample_fixed_point(model, mine, sampling, block, rows, on_done, self.limit.call)
         if self.module.dtype != torch.float32:
