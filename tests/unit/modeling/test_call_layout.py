@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from ssgen_ds.modeling.call_layout import CallLayout, GroupLayout, Masks, aligned, masked_attention, on_device
 from ssgen_ds.modeling.pieces import Piece
@@ -167,6 +168,16 @@ def test_every_token_attends_as_if_it_were_alone(pieces, window, heads) -> None:
         reach = slice(0 if window is None else max(0, end - window), end)
         expected = plain(query_1HND[0, :, place], key_BHKD[row, :, reach], value_BHKD[row, :, reach], 0.3)
         torch.testing.assert_close(output_NHD[place], expected)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_a_causal_bias_is_as_good_as_its_mask(heads: tuple[int, int]) -> None:
+    noise = torch.Generator().manual_seed(1)
+    query_BHQD = torch.randn(1, heads[0], 3, 4, generator=noise)
+    key_BHKD, value_BHKD = torch.randn(2, 1, heads[1], 8, 4, generator=noise)
+    mask = SDPA.causal(torch.tensor([[5, 6, 7]]), 8, "full_attention").repeat(1, 1, heads[0] // heads[1], 1)
+    biased = masked_attention(query_BHQD, key_BHKD, value_BHKD, causal_lower_right(3, 8), None)
+    torch.testing.assert_close(biased, masked_attention(query_BHQD, key_BHKD, value_BHKD, mask, None))
 
 
 def test_lists_on_the_device_keep_their_lengths() -> None:
