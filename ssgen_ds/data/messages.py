@@ -88,5 +88,5 @@ def check_json(value: Any, name: str) -> None:
     """Raises BadRow unless a value is one that JSON knows."""
     try:
         valid_text(json.dumps(value, ensure_ascii=False), name)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadRow(f"{name}: no value of JSON: {error}") from None

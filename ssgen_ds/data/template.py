@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SENTINEL = "SSGENSENTINEL"  # stands in for an assistant's content, to find what a template puts around it
-# A template may expect other types than a row has; then it raises Python's own errors.
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+# A template may expect other types than a row has, or fewer levels; then it raises Python's own errors.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 _OPENER = re.compile(r"(<[^<>/\s]+>|\[[A-Z_]+\])\s*$")
 _LONGEST_OPENER = 200  # characters
 _GIVEN = frozenset({"raise_exception", "strftime_now", "bos_token", "eos_token", "pad_token", "unk_token"})

@@ -10,7 +10,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ def read_json(file: Path) -> Iterator[tuple[str, Any]]:
     if encoding == "utf-16":
         yield from _utf16_json(file)
         return
-    if _holds_lines(file):
-        # Read as bytes: only \n ends a line (text may hold U+2028), and one bad byte costs one row, not the file.
-        with file.open("rb") as lines:
+    # Read as bytes: only \n ends a line (text may hold U+2028), and one bad byte costs one row, not the file.
+    with file.open("rb") as lines:
+        if _holds_lines(file, lines, file.read_bytes):
+            lines.seek(0)
             yield from _json_lines(file, lines)
-        return
+            return
     yield from _json_whole(file, file.read_bytes())
 
 
@@ -43,27 +44,26 @@ def _utf16_json(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}: begins like UTF-16, but is not: {error.reason}; write it as UTF-8") from None
     content = text.encode("utf-8", errors="surrogatepass")
     lines = content.splitlines()
-    if content.lstrip()[:1] == b"[" or not lines or not _is_object(lines[0]):
-        yield from _json_whole(file, content)
-    else:
+    if _holds_lines(file, lines, lambda: content):
         yield from _json_lines(file, lines)
+    else:
+        yield from _json_whole(file, content)
 
 
-def _json_lines(file: Path, lines: Any) -> Iterator[tuple[str, Any]]:
+def _json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"{file}:{number}", _parse(line)
 
 
-def _holds_lines(file: Path) -> bool:
+def _holds_lines(file: Path, lines: Iterable[bytes], whole: Callable[[], bytes]) -> bool:
     """Whether a JSON file is to be read line by line."""
-    with file.open("rb") as lines:
-        filled = (line for line in lines if line.strip())
-        first = next(filled, b"")
-        start = first.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        if file.suffix.lower() == ".jsonl":
-            return start != b"[" or not isinstance(_parse(file.read_bytes()), list)
-        return start == b"{" and _is_object(first) and next(filled, None) is not None
+    filled = (line for line in lines if line.strip())
+    first = next(filled, b"")
+    start = first.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if file.suffix.lower() == ".jsonl":
+        return start != b"[" or not isinstance(_parse(whole()), list)
+    return start == b"{" and _is_object(first) and next(filled, None) is not None
 
 
 def _is_object(line: bytes) -> bool:

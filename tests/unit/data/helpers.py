@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ssgen_ds.data.readers import BadRow, read_files
 from ssgen_ds.recipe.schema import DataConfig, SourceConfig
 
 CHATML = (
@@ -42,3 +43,9 @@ def byte_tokenizer(specials: list[str], template: str | None = None, **named: st
 def data_config(*sources: str | Path | SourceConfig, **settings: object) -> DataConfig:
     entries = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
     return DataConfig(train=entries or [SourceConfig(path="unused.jsonl")], **settings)
+
+
+def rows(file: Path) -> list[tuple[str, object]]:
+    """(place within the folder, row or the text of what is wrong)."""
+    read = [(where.removeprefix(f"{file.parent}/"), row) for where, row in read_files([file])]
+    return [(where, str(row) if isinstance(row, BadRow) else row) for where, row in read]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from pathlib import Path
 
@@ -41,6 +42,7 @@ SWITCH = CHATML.removesuffix("{% endif %}") + (
 NO_SYSTEM_SHOWN = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = [{"name": "weather", "arguments": {"city": "Bern"}}]
+NESTED = json.loads("[" * 600 + "]" * 600)  # JSON reads so many levels; what renders a template does not
 
 
 def tokenizer(template: str | None) -> PreTrainedTokenizerBase:
@@ -116,6 +118,7 @@ def test_a_renamed_column_of_tools_and_a_system_prompt_of_the_row() -> None:
         (TOOLS, chat_row(USER, ANSWER, tools="hammer"), "the column 'tools' must hold a list, or its JSON text"),
         (TOOLS, chat_row(USER, ANSWER | {"name": b"x"}), "message 2: name: no value of JSON"),
         (TOOLS, chat_row(USER, ANSWER | {"name": "\ud800"}), "message 2: name: not valid Unicode"),
+        (TOOLS, chat_row(USER | {"name": NESTED}, ANSWER), "the chat template refuses these messages: maximum recur"),
         (TOOLS, chat_row(USER, ANSWER | {"name": "Al"}), "writes an answer with name otherwise than after its generat"),
         (None, {"prompt": "q", "completion": "a", "tools": [1]}, "no chat template, so that nothing reads tools"),
         (None, {"prompt": [USER], "completion": [ANSWER | {"weight": 1}]}, "no chat template.*weight"),

@@ -5,20 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from ssgen_ds.distributed import job_secret as secrets
 from ssgen_ds.distributed.job_store import JobStore, NoStore, StoreLost, StoreServer, WrongSecret
 from ssgen_ds.distributed.rendezvous import Place, join
 from ssgen_ds.distributed.rendezvous_store import listen, torch_store
-from ssgen_ds.errors import UserError
-from tests.support.launch import environment, free_port
+from tests.support.launch import free_port
 
 SECRET = b"the job's own"
 
@@ -168,48 +164,3 @@ def test_an_address_that_others_cannot_reach_is_said(caplog, monkeypatch):
     listen("n0", 0, one_node=True).close()
     listen("127.0.1.1", 0, one_node=False).close()
     assert not caplog.text
-
-
-# The secret -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.delenv(secrets.SECRET_VARIABLE, raising=False)
-    monkeypatch.setenv("SSGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(secrets.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    return tmp_path / "cache"
-
-
-def test_ranks_that_come_at_once_have_one_secret(cache):
-    code = "from ssgen_ds.distributed.job_secret import job_secret; print(job_secret().hex())"
-    many = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=environment(SSGEN_CACHE=str(cache)), stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
-    ]
-    assert len({process.communicate(timeout=60)[0] for process in many}) == 1
-    assert [(file.name, file.stat().st_mode & 0o777) for file in cache.iterdir()] == [(secrets.SECRET_FILE, 0o600)]
-
-
-def test_one_that_others_can_read_is_none(cache):
-    first = secrets.job_secret()
-    (cache / secrets.SECRET_FILE).chmod(0o644)
-    assert secrets.job_secret() != first, "the one in the folder for temporary files"
-
-
-def test_no_place_for_a_secret(cache, tmp_path):
-    cache.write_text("a file")
-    (tmp_path / "tmp").write_text("a file")
-    with pytest.raises(UserError, match=r"SSGEN_JOB_SECRET to the same random text(.|\n)*cache: (.|\n)*tmp"):
-        secrets.job_secret()
-
-
-def test_the_launchers_secret_counts_first(cache, monkeypatch):
-    monkeypatch.setenv(secrets.SECRET_VARIABLE, "0123456789abcdef")
-    first = secrets.job_secret()
-    assert not cache.exists() and len(first) == 32
-    monkeypatch.setenv(secrets.SECRET_VARIABLE, "short")
-    with pytest.raises(UserError, match="must have 16 characters"):
-        secrets.job_secret()
