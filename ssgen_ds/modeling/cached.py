@@ -24,6 +24,7 @@ from ssgen_ds.modeling.decode_step import DecodeStep, Record
 from ssgen_ds.modeling.packed import attention_function, attention_replaced, layer_kinds
 from ssgen_ds.modeling.pieces import Piece
 from ssgen_ds.modeling.project import project_only
+from ssgen_ds.modeling.recorded import Recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ class CachedCausalLM:
         before_call: runs before every forward; ranks use it to agree that one more call follows.
         device: where the model computes; by default where its parameters are.
         record: records calls of one token a row, to replay them; None makes every call anew.
+        recording: takes what the layers give; it is open around the calls.
     """
 
     def __init__(
@@ -49,12 +51,16 @@ class CachedCausalLM:
         before_call: Callable[[], object] = lambda: None,
         device: torch.device | str | None = None,
         record: Record | None = None,
+        recording: Recording | None = None,
     ):
         self.model = model
         self.config = model.config.get_text_config()
         self.before_call = before_call
         self.device = torch.device(device or model.device)
-        self._decode = None if record is None else DecodeStep(self._run, self._masks, self.device, record)
+        self.recording = recording
+        self._decode: DecodeStep | None = None
+        if record is not None and recording is None:  # a replay would not tell a recording of its layers
+            self._decode = DecodeStep(self._run, self._masks, self.device, record)
 
     @property
     def _attention(self) -> str:
@@ -93,6 +99,8 @@ class CachedCausalLM:
 
     def _run(self, layout: CallLayout) -> torch.Tensor:
         self._memory.layout = layout
+        if self.recording is not None:
+            self.recording.expect(layout.pieces)
         kinds, _ = layer_kinds(self.config)
         # Layers tell their kind by the size of what they are given as a mask.
         tags = {kind: torch.empty(1, 1, 1, i + 1, device=self.device) for i, kind in enumerate(kinds)}

@@ -160,6 +160,7 @@ class CallLayout:
     wanted_W: torch.Tensor
     keys: int
     groups: list[GroupLayout]
+    pieces: list[Piece]  # in the order of their tokens
 
     @classmethod
     def of(cls, pieces: list[Piece], rows: int, masks: Masks, device: torch.device) -> CallLayout:
@@ -185,7 +186,7 @@ class CallLayout:
         for one, of_it in zip(counted, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True):
             found.append(GroupLayout(one, begin, masks, *of_it))
             begin += one.count
-        return cls(tokens_N, slots_N, rows_N, wanted_W, aligned(max(piece.end for piece in pieces)), found)
+        return cls(tokens_N, slots_N, rows_N, wanted_W, aligned(max(piece.end for piece in pieces)), found, ordered)
 
 
 def masked_attention(

@@ -129,4 +129,4 @@ class DecodeStep:
         places = GroupPlaces(group, self._rows, keys, self._rows, ([], [], []))
         nothing = self._all_B[:0]
         layout = GroupLayout(places, 0, self._masks, nothing, nothing, slots_B)
-        return CallLayout(tokens_B, slots_B, self._all_B, self._all_B, keys, [layout])
+        return CallLayout(tokens_B, slots_B, self._all_B, self._all_B, keys, [layout], [])

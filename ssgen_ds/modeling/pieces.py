@@ -31,12 +31,14 @@ class Piece:
 
     Attributes:
         wanted: indices into `tokens` at which logits are wanted, ascending.
+        sequence: the number of what is sampled in the row, for who records it.
     """
 
     row: int
     begin: int
     tokens: Sequence[int]
     wanted: Sequence[int]
+    sequence: int = 0
 
     @property
     def end(self) -> int:
@@ -87,7 +89,7 @@ def _split(piece: Piece, tokens: int, wanted: int) -> tuple[Piece, Piece | None]
     inside = [place for place in piece.wanted if place < end]
     later = [place - end for place in piece.wanted[len(inside) :]]
     first = replace(piece, tokens=piece.tokens[:end], wanted=inside)
-    return first, Piece(piece.row, piece.begin + end, piece.tokens[end:], later)
+    return first, replace(piece, begin=piece.begin + end, tokens=piece.tokens[end:], wanted=later)
 
 
 def groups_of(pieces: list[Piece], rows: int, can_be_causal: bool) -> list[Group]:

@@ -61,7 +61,7 @@ class Draws(Protocol):
     def keep(self, positions: list[int]) -> None: ...
 
     def __call__(self, feeds: list[Feed]) -> list[Draw]:
-        """One draw for each coin of each feed, in order. Feeds without coins belong to rows that are done."""
+        """One draw for each coin of each feed, in order. A feed may have none; that of a row that is done is empty."""
 
 
 @torch.no_grad()
@@ -125,8 +125,8 @@ def iterate(
     """The loop. Every pass feeds, for each row, the tokens from the first that is not remembered up to the one before
     the block's last coin, compares the draws with the guess, and makes everything up to the first change final."""
     stats = SamplerStats(response_tokens=sum(len(request.coins) for request in requests))
-    everyone = [open_row(request) for request in requests]
-    waiting = deque(row for row in everyone if row.coin_positions)
+    everyone = [open_row(request, number) for number, request in enumerate(requests)]
+    waiting = deque(row for row in everyone if not row.done)
     open_places = min(rows or len(waiting), len(waiting))
     if waiting:
         draws.open(open_places, max(len(row.tokens) for row in waiting))
@@ -140,7 +140,9 @@ def iterate(
         for feed in feeds:
             if feed.coins:
                 _advance(feed, [next(drawn) for _ in feed.coins], block, stats)
-        ended = [i for i, feed in enumerate(feeds) if feed.coins and batch[i].done]
+            elif feed.end:
+                feed.row.cached = feed.end
+        ended = [i for i, feed in enumerate(feeds) if feed.end and batch[i].done]
         if ended:
             done += len(ended)
             on_done(done, len(requests))
@@ -160,7 +162,9 @@ def iterate(
 def _feed(row: BatchRow, block: int | None) -> Feed:
     """Position t is predicted from the token before it, so the block's last coin itself is not fed."""
     coins = row.block(block)
-    return Feed(row, row.cached, row.start + coins[-1], coins) if coins else Feed(row, 0, 0, [])
+    if coins:
+        return Feed(row, row.cached, row.start + coins[-1], coins)
+    return Feed(row, row.cached, row.cached + row.rest, []) if row.rest else Feed(row, 0, 0, [])
 
 
 def _advance(feed: Feed, drawn: list[Draw], block: int | None, stats: SamplerStats) -> None:
@@ -242,7 +246,7 @@ class _ModelDraws:
     def __call__(self, feeds: list[Feed]) -> list[Draw]:
         coins = iter([(feed.row, t, i > 0) for feed in feeds for i, t in enumerate(feed.coins)])
         draws: list[Draw] = []
-        fed = [_piece(place, feed) for place, feed in enumerate(feeds) if feed.coins]
+        fed = [_piece(place, feed) for place, feed in enumerate(feeds) if feed.end]
         for pieces in cut(fed, self.limit.tokens, self.limit.logits):
             logits_NV = self.model(pieces)
             some = list(islice(coins, len(logits_NV)))
@@ -260,4 +264,6 @@ class _ModelDraws:
 def _piece(place: int, feed: Feed) -> Piece:
     """Position t is predicted from the token before it."""
     offset = feed.row.start - 1 - feed.begin
-    return Piece(place, feed.begin, feed.row.tokens[feed.begin : feed.end], [offset + t for t in feed.coins])
+    return Piece(
+        place, feed.begin, feed.row.tokens[feed.begin : feed.end], [offset + t for t in feed.coins], feed.row.number
+    )

@@ -21,6 +21,7 @@ class Request:
     guess_length: int | None = None  # leading positions where the guess is worth trying; None: all of them
     # Texts that the sample may repeat: look-ups in them, in the prompt and in the sample extend the guess. None: none.
     corpora: tuple[list[int], ...] | None = None
+    feeds_all: bool = False  # also what follows its last coin, up to the last token but one
 
 
 @dataclass

@@ -22,6 +22,7 @@ class BatchRow:
     cached: int = 0  # leading tokens whose keys and values are remembered
     previous: dict[int, Previous] = field(default_factory=dict)  # last draws of coins that are not final
     result: Sampled = field(default_factory=lambda: Sampled([]))
+    number: int = 0  # of the request
 
     @property
     def start(self) -> int:
@@ -29,7 +30,13 @@ class BatchRow:
 
     @property
     def done(self) -> bool:
-        return self.next_coin >= len(self.coin_positions)
+        """Whether every coin is final, and nothing is left to be fed."""
+        return self.next_coin >= len(self.coin_positions) and not self.rest
+
+    @property
+    def rest(self) -> int:
+        """Tokens that are still to be fed when every coin is final."""
+        return max(0, len(self.tokens) - 1 - self.cached) if self.request.feeds_all else 0
 
     def block(self, width: int | None) -> list[int]:
         """Response positions of the coins of the open block; empty when the row is done.
@@ -53,7 +60,7 @@ class Feed:
     coins: list[int]
 
 
-def open_row(request: Request) -> BatchRow:
+def open_row(request: Request, number: int = 0) -> BatchRow:
     """A row at its beginning. Raises ValueError for an empty prompt or a guess of another length than the coins."""
     if not request.prompt_ids:
         raise ValueError("a request needs at least one prompt token: the first response token is predicted from it")
@@ -66,4 +73,6 @@ def open_row(request: Request) -> BatchRow:
     coin_positions = [t for t, coin in enumerate(request.coins) if coin]
     guess_end = len(request.guess_ids) if request.guess_length is None else request.guess_length
     lookup = None if request.corpora is None else Lookup(request.corpora, request.prompt_ids)
-    return BatchRow(request, [*request.prompt_ids, *request.guess_ids], coin_positions, guess_end, lookup)
+    return BatchRow(
+        request, [*request.prompt_ids, *request.guess_ids], coin_positions, guess_end, lookup, number=number
+    )
