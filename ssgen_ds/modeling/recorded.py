@@ -47,14 +47,16 @@ class Recording:
     Args:
         layers: `checkpointed_layers` of the model.
         lengths: tokens of each sequence. The last one is never fed: nothing is predicted from it.
-        like: a tensor of the hidden states' width, dtype and device.
+        width: of the hidden states.
     """
 
-    def __init__(self, layers: list[Any], lengths: Sequence[int], like: torch.Tensor) -> None:
-        self._layers, self._lengths, self._device = layers, list(lengths), like.device
+    def __init__(
+        self, layers: list[Any], lengths: Sequence[int], width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._layers, self._device = layers, device
         self._begins = [0, *accumulate(length - 1 for length in lengths)]
         size = self._begins[-1] + 1
-        self._outputs_SH = [like.new_zeros(size, like.shape[-1]) for _ in layers]
+        self._outputs_SH = [torch.zeros(size, width, dtype=dtype, device=device) for _ in layers]
         self._places_N = torch.empty(0, dtype=torch.long)
 
     def expect(self, pieces: Sequence[Piece]) -> None:

@@ -21,6 +21,7 @@ from ssgen_ds.sampler.draw import draws_at_once
 from ssgen_ds.sampler.limits import (
     CACHE_SHARE,
     MOST_ROWS_CPU,
+    RECORDED_SHARE,
     USABLE,
     call_bytes_per_token,
     call_limit,
@@ -60,6 +61,7 @@ class Setting:
     memory: float  # bytes of the device; inf when not known
     overhead: float  # bytes that neither torch nor we allocate: the device's context, fragmentation
     is_cpu: bool = False
+    recorded_tokens: int = 0  # of a step, whose layers' outputs the sampler may record (`selfgen.reuse`)
 
 
 @dataclass
@@ -102,8 +104,10 @@ def plan_memory(sizes: Sizes, s: Setting) -> MemoryPlan:
     overhead = {"overhead": s.overhead}
     resident = {"weights": weights, "masters": masters, "moments": moments}
     plan.phases["load"] = {"weights": weights, "largest tensor": _largest_tensor(sizes, s), **overhead}
+    recorded = _recorded(sizes, s, sum(resident.values()))
     if s.generates:
-        plan.phases["generate"] = {**resident, **_generation(sizes, s, plan, sum(resident.values()), whole), **overhead}
+        parts = _generation(sizes, s, plan, sum(resident.values()), whole)
+        plan.phases["generate"] = {**resident, **parts, **recorded, **overhead}
     activations, (gradients, bucket) = _activations(sizes, s), _gradients(sizes, s)
     plan.phases["train"] = {
         **resident,
@@ -113,6 +117,7 @@ def plan_memory(sizes: Sizes, s: Setting) -> MemoryPlan:
         "activations": activations,
         "logits": max(_logits(sizes, s), _transient(sizes, s)),
         "gathered": _live(sizes, s, whole),
+        **recorded,
         **overhead,
     }
     step = 0.0 if s.offload_optimizer else _step_bytes(sizes, s, shared)
@@ -226,6 +231,13 @@ def _generation(sizes: Sizes, s: Setting, plan: MemoryPlan, resident: float, who
     parts["activations"] = float(activations)
     parts["logits"] = max(0.0, float(sizes.vocabulary * (logits * s.element + drawn * 16) - activations))
     return parts
+
+
+def _recorded(sizes: Sizes, s: Setting, resident: float) -> dict[str, float]:
+    """What one forward records, where that is a small enough part of what is free: `selfgen.reuse: auto`."""
+    need = float(s.recorded_tokens * sizes.layers * sizes.hidden * s.element)
+    free = s.memory - s.overhead - resident - _gradients_to_come(sizes, s)
+    return {"recorded": need} if 0 < need <= RECORDED_SHARE * free else {}
 
 
 def _gradients_to_come(sizes: Sizes, s: Setting) -> float:

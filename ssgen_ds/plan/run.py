@@ -161,7 +161,15 @@ def setting_of(recipe: Recipe, hardware: Hardware, dtype: str) -> tuple[Setting,
         memory=hardware.memory / (_FRAGMENTS if is_cuda else 1.0),
         overhead=_CONTEXT if is_cuda else 0.0,
         is_cpu=not is_cuda,
+        recorded_tokens=share * longest if _may_record(recipe, zero_stage(config)) else 0,
     ), config
+
+
+def _may_record(recipe: Recipe, stage: int) -> bool:
+    """Whether `selfgen.reuse` may record a step, as far as the recipe says; see `training/one_forward.py`."""
+    is_bss = recipe.method.uses_bss and not recipe.method.uses_rac
+    is_fresh = recipe.selfgen.refresh_every == 1 and recipe.model.gradient_checkpointing
+    return is_bss and is_fresh and recipe.data.packing and stage < 3 and recipe.selfgen.reuse != "off"
 
 
 def plan_recipe(recipe: Recipe, hardware: Hardware) -> tuple[MemoryPlan, Sizes, Setting]:

@@ -26,7 +26,7 @@ FREE_ON_RESUME = (
     "output_dir", "resume", "log.", "checkpoint.", "recovery.", "eval.", "data.eval", "data.packing",
     "train.epochs", "train.max_steps", "train.micro_batch", "train.micro_batch_tokens", "train.max_skipped_steps",
     "deepspeed", "model.gradient_checkpointing", "selfgen.batch", "selfgen.strategy", "selfgen.block",
-    "selfgen.cuda_graph",
+    "selfgen.cuda_graph", "selfgen.reuse",
 )  # fmt: skip
 
 

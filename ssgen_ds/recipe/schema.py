@@ -169,6 +169,8 @@ class SelfgenConfig(Section):
     block: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto", "all")] = "auto"
     # Sequences generated together on one rank; auto: as many as the memory for their keys and values allows.
     batch: Annotated[int | str, Field(union_mode="left_to_right"), _number_or("auto")] = "auto"
+    # The passes that sample a mixed context are its training forward, too; auto: where that is exact and fits.
+    reuse: Literal["auto", "off", "on"] = "auto"
     cuda_graph: bool = False  # replay calls of one token a row; not run on a GPU yet
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 
@@ -22,6 +22,7 @@ from ssgen_ds.distributed.world import World
 from ssgen_ds.errors import GenerationInterrupted, NonFiniteError
 from ssgen_ds.modeling.cached import CachedCausalLM, inference_mode
 from ssgen_ds.modeling.decode_step import Record
+from ssgen_ds.modeling.recorded import Recording
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.fixed_point import count_mismatches, sample_fixed_point
 from ssgen_ds.sampler.limits import rows_that_fit
@@ -54,6 +55,15 @@ class BatchLimit:
     def rows_of(self, length: int) -> int:
         """Rows of so many tokens each; at least one."""
         return rows_that_fit(self.cache_bytes, length * self.bytes_per_token, self.rows)
+
+
+class Recorder(Protocol):
+    """Wants what the model computes for the requests, on the rank that it names for each."""
+
+    def deal(self, requests: list[Request]) -> list[list[int]]:
+        """Indices of each rank's requests."""
+
+    def recording(self, mine: list[Request]) -> AbstractContextManager[Recording]: ...
 
 
 def deal(requests: list[Request], rank: int, world_size: int) -> list[int]:
@@ -118,7 +128,12 @@ class EngineSampler:
         return CachedCausalLM(self.module, self.strategy.before_call, self.world.device, self.record)
 
     def sample(
-        self, requests: list[Request], sampling: Sampling, block: int | None, on_done: OnDone = lambda done, total: None
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        block: int | None,
+        on_done: OnDone = lambda done, total: None,
+        recorder: Recorder | None = None,
     ) -> tuple[list[Sampled], SamplerStats, float]:
         """Results in the order of the requests, costs summed over the ranks, and the seconds it took.
 
@@ -128,13 +143,16 @@ class EngineSampler:
         """
         start = time.perf_counter()
         world = self.world
-        mine = [requests[i] for i in deal(requests, world.rank, world.size)]
+        shares = [deal(requests, rank, world.size) for rank in range(world.size)]
+        if recorder is not None:
+            shares = recorder.deal(requests)
+        mine = [requests[i] for i in shares[world.rank]]
         on_done = _on_done_of_all(on_done, world.size, len(requests))
         results_by_index: dict[int, Sampled] = {}
         total = SamplerStats()
-        parts = self.share(lambda: self._sample_mine(mine, requests, sampling, block, on_done))
-        for rank, (results, cost) in enumerate(parts):
-            results_by_index.update(zip(deal(requests, rank, world.size), results, strict=True))
+        parts = self.share(lambda: self._sample_mine(mine, requests, sampling, block, on_done, recorder))
+        for share, (results, cost) in zip(shares, parts, strict=True):
+            results_by_index.update(zip(share, results, strict=True))
             total.add(cost)
         return [results_by_index[i] for i in range(len(requests))], total, time.perf_counter() - start
 
@@ -170,10 +188,13 @@ class EngineSampler:
         sampling: Sampling,
         block: int | None,
         on_done: OnDone,
+        recorder: Recorder | None = None,
     ) -> tuple[list[Sampled], SamplerStats]:
-        model = CachedCausalLM(self.module, self.before_call, self.world.device, self.record)
         rows = self.limit.rows_for(everyones)
-        results, stats = sample_fixed_point(model, mine, sampling, block, rows, on_done, self.limit.call)
+        with nullcontext() if recorder is None else recorder.recording(mine) as recording:
+            model = CachedCausalLM(self.module, self.before_call, self.world.device, self.record, recording)
+            results, stats = sample_fixed_point(model, mine, sampling, block, rows, on_done, self.limit.call)
+        model.recording = None
         if self.module.dtype != torch.float32:
             some = slice(0, min(rows, _VERIFIED))
             stats.add(count_mismatches(model, mine[some], results[some], sampling, self.limit.call))

@@ -15,6 +15,7 @@ USABLE = 0.8  # share of the free memory that gathered parameters may take: the 
 CACHE_SHARE = 0.4  # keys and values
 CALL_SHARE = 0.2  # activations of a call
 LOGIT_SHARE = 0.1  # logits of a call
+RECORDED_SHARE = 0.25  # of the free memory: what one forward may record of a step
 MOST_ROWS = 64
 MOST_ROWS_CPU = 16  # a CPU gains nothing from more where calls are cheap
 MOST_TOKENS, MOST_LOGITS = 8192, 2048  # of a call: beyond, more of them make nothing faster

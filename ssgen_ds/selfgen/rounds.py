@@ -15,7 +15,7 @@ from ssgen_ds.data.window import Sequence
 from ssgen_ds.metrics.text import score_text
 from ssgen_ds.recipe.schema import Recipe, SamplingConfig
 from ssgen_ds.sampler.block import BlockChooser, block_name
-from ssgen_ds.sampler.engine import EngineSampler
+from ssgen_ds.sampler.engine import EngineSampler, Recorder
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.free import FreeSample, free_request, free_sample
 from ssgen_ds.sampler.noise import Stream, sequence_key
@@ -59,6 +59,7 @@ class RoundGenerator:
     vocab_size: int
     sampler: EngineSampler
     blocks: BlockChooser
+    recorder: Recorder | None = None  # of what the sampler computes for mixed contexts
 
     @property
     def uses_earlier(self) -> bool:
@@ -107,9 +108,10 @@ class RoundGenerator:
         stats: RoundStats,
         phase: str,
         on_done_of: OnDoneOf,
+        recorder: Recorder | None = None,
     ) -> list[Sampled]:
         with self.sampler.world.phase(phase):
-            results, cost, _ = self.sampler.sample(requests, sampling, block, on_done_of(phase))
+            results, cost, _ = self.sampler.sample(requests, sampling, block, on_done_of(phase), recorder)
         stats.sampler.add(cost)
         stats.block += f"{', ' if stats.block else ''}{phase} {block_name(block)}"
         return results
@@ -124,7 +126,11 @@ class RoundGenerator:
                 guess_ids = before.mixed.ids
             key = self._key(slot, Stream.BSS)
             requests.append(bss.bss_request(slot.example, slot.mix_rate, key, guess_ids))
-        results = self._sample(requests, sampling, self.blocks.mixing(requests), stats, "mixing", on_done_of)
+        recorder = self.recorder
+        for request in requests:
+            request.feeds_all = recorder is not None
+        block = self.blocks.mixing(requests)
+        results = self._sample(requests, sampling, block, stats, "mixing", on_done_of, recorder)
         for item, request, result in zip(work, requests, results, strict=True):
             item.record.mixed = Mixed(request.coins, result.tokens, result.passes)
 

@@ -36,6 +36,7 @@ from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.training.foundations import Foundations, Inputs
 from ssgen_ds.training.micro_batch import choose_packing
+from ssgen_ds.training.one_forward import one_forward
 from ssgen_ds.training.rounds import Rounds
 from ssgen_ds.training.saver import Saver
 from ssgen_ds.training.trainer import Trainer
@@ -105,7 +106,9 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
     )
     saver = Saver(engine, recipe, world, state.step, spared=evaluation.best.step)
     plan = ReadAhead(inputs.datasets.plan, recipe.selfgen.refresh_every, foundations.total_steps)
-    generator = RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks)
+    longest = _longest(recipe, inputs)
+    reuse = one_forward(engine, recipe, packing, longest, world, progress.message)
+    generator = RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks, reuse)
     rounds = Rounds(
         recipe=recipe,
         world=world,
@@ -131,6 +134,7 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
         logbook=logbook,
         progress=progress,
         packing=packing,
+        one_forward=reuse,
     )
 
 

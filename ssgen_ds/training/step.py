@@ -9,6 +9,7 @@ the accumulation steps, because the one division by the global weight already co
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,17 @@ class StepStats:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStats:
-    """One update of the weights from one window, or none when it is not finite; the same on every rank."""
+def train_step(
+    engine: Any, window: Window, lr: float, world: World, replays: list[AbstractContextManager[None]] | None = None
+) -> StepStats:
+    """One update of the weights from one window, or none when it is not finite; the same on every rank.
+
+    Args:
+        replays: what each micro batch is to be computed in, where its forward was computed before.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss = accumulate_gradients(engine, window, world)
+    loss = accumulate_gradients(engine, window, world, replays)
     grad_norm = _local_grad_norm(engine)
     if world.any(not math.isfinite(grad_norm)):
         engine.zero_grad()
@@ -46,7 +53,9 @@ def train_step(engine: Any, window: Window, lr: float, world: World) -> StepStat
     return StepStats(loss, grad_norm if is_applied else math.nan, is_applied)
 
 
-def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
+def accumulate_gradients(
+    engine: Any, window: Window, world: World, replays: list[AbstractContextManager[None]] | None = None
+) -> float:
     """Forward and backward of all micro batches; the window's loss over all ranks, in nats per unit of weight.
 
     When the loss is not finite on some rank, all gradients become NaN: the loss can be infinite where its gradient is
@@ -58,7 +67,8 @@ def accumulate_gradients(engine: Any, window: Window, world: World) -> float:
     last = len(window.micro_batches) - 1
     for i, batch in enumerate(window.micro_batches):
         engine.set_gradient_accumulation_boundary(i == last)
-        with packed_attention(engine.module, batch.layout) as attention:
+        replay = nullcontext() if replays is None else replays[i]
+        with packed_attention(engine.module, batch.layout) as attention, replay:
             with world.phase("forward"):
                 micro_sum = token_loss(engine, batch, attention=attention)
             weighted_sum += micro_sum.detach()

@@ -23,6 +23,7 @@ from ssgen_ds.selfgen.generated import Slot
 from ssgen_ds.selfgen.log_row import generated_row, round_row
 from ssgen_ds.selfgen.round import Round
 from ssgen_ds.selfgen.rounds import RoundGenerator
+from ssgen_ds.training.one_forward import OneForward
 from ssgen_ds.training.rounds import Rounds
 from ssgen_ds.training.saver import Saver
 from ssgen_ds.training.schedules import learning_rate_at
@@ -46,6 +47,7 @@ class Trainer:
     logbook: Logbook | None  # rank 0 only
     progress: Progress
     packing: Packing
+    one_forward: OneForward | None = None
 
     def fit(self) -> None:
         """Train from `state.step` to `total_steps`. Raises StopRequested after a checkpoint when asked to stop."""
@@ -90,7 +92,10 @@ class Trainer:
         lr = learning_rate_at(step, self.total_steps, train.lr, train.schedule, train.warmup)
         torch.manual_seed(step_seed(train.seed, step, self.world.rank))
         with self.world.phase("train", step):
-            stats = train_step(self.engine, window, lr, self.world)
+            replays = None if self.one_forward is None else self.one_forward.replays(window)
+            stats = train_step(self.engine, window, lr, self.world, replays)
+        if self.one_forward is not None:
+            self.one_forward.forget()
         seconds = time.perf_counter() - started
         self.state = replace(self.state, step=step, round=round.number)
         self._count_skipped(stats, slots)

@@ -56,8 +56,8 @@ def sampled(model: Any, requests: list[Request], **how: Any) -> tuple[Recording,
     """What was recorded while sampling, and the mixed contexts."""
     model.eval()
     lengths = [len(one.prompt_ids) + len(one.coins) for one in requests]
-    like = model.get_input_embeddings()(torch.tensor([0])).detach()
-    recording = Recording(checkpointed_layers(model), lengths, like)
+    layers, width = checkpointed_layers(model), model.config.hidden_size
+    recording = Recording(layers, lengths, width, model.dtype, torch.device("cpu"))
     with recording.recording():
         results, _ = sample_fixed_point(CachedCausalLM(model, recording=recording), requests, Sampling(), **how)
     model.train()

@@ -111,6 +111,32 @@ def test_generation_takes_what_is_free():
     assert (gathered.strategy, gathered.phases["generate"]["gathered"]) == ("gathered", 2000)
 
 
+def test_what_one_forward_records_is_counted_where_it_is_used():
+    """Three layers of eight elements in bfloat16: 48 bytes a token. A quarter of 82000 free bytes may be taken."""
+    some = plan_memory(SIZES, replace(SETTING, recorded_tokens=400))
+    assert some.phases["generate"]["recorded"] == some.phases["train"]["recorded"] == 400 * 48
+    assert "recorded" not in plan_memory(SIZES, replace(SETTING, recorded_tokens=500)).phases["train"]
+    assert "recorded" not in plan_memory(SIZES, SETTING).phases["train"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "records"),
+    [
+        ([], True),
+        (["selfgen.refresh_every=2"], False),
+        (["selfgen.reuse=off"], False),
+        (["method.name=bss+rac"], False),
+        (["data.packing=false"], False),
+        (["deepspeed=ds_configs/zero3.json"], False),
+    ],
+)
+def test_only_a_step_that_may_be_recorded_is_counted(overrides, records):
+    asked = ["data.train=x", "method.name=bss", "selfgen.refresh_every=1", "data.packing=true"]
+    recipe = load_recipe("recipes/llama8b_lora_24gb.yaml", [*asked, *overrides])
+    _, _, setting = plan_recipe(recipe, Hardware(1, 1, 80e9, "", False))
+    assert (setting.recorded_tokens > 0) == records
+
+
 def test_a_cpu_generates_sixteen_rows_at_once_unless_each_call_gathers():
     many = {"rows": 64, "memory": 1e9}
     assert plan_memory(SIZES, replace(SETTING, **many, is_cpu=True)).cache_rows == 16

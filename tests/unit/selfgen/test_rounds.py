@@ -40,7 +40,7 @@ class ScriptedSampler:
     def ready(self):
         return nullcontext()
 
-    def sample(self, requests, sampling, block, progress=None):
+    def sample(self, requests, sampling, block, progress=None, recorder=None):
         self.asked.append(requests)
         self.settings.append((sampling, block))
         answers = []
