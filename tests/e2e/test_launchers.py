@@ -21,7 +21,7 @@ SSGEN = str(Path(sys.executable).parent / "ssgen")
 LIMIT = 150  # seconds a launch may take on a busy machine
 ALONE = {"train__max_steps": 24}
 SHARDED = {"train__max_steps": 6, "deepspeed": "ds_configs/zero3.json"}
-OUR_LINES = ("round ", "step ", "model: ", "report: ", "self-generation: ")
+OUR_LINES = ("round ", "step ", "model: ", "report: ", "self-generation: ", "selfgen.reuse: ")
 
 
 @pytest.fixture(scope="module")
