@@ -191,7 +191,7 @@ def seeds(monkeypatch) -> list[int]:
     """torch's seed at each step; nothing is trained and nothing is saved."""
     found: list[int] = []
 
-    def train_step(engine: Any, window: Any, lr: float, world: Any) -> StepStats:
+    def train_step(engine: Any, window: Any, lr: float, world: Any, replays: Any) -> StepStats:
         found.append(torch.initial_seed())
         return StepStats(1.0, 1.0)
 
