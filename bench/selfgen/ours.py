@@ -12,7 +12,8 @@ from bench.selfgen.work import Work
 from ssgen_ds.data.tokenize import Example
 from ssgen_ds.distributed.world import World
 from ssgen_ds.modeling.shards import Shards
-from ssgen_ds.sampler.block import CallCost, block_name, choose_block, choose_draft_block, measure_call_cost
+from ssgen_ds.sampler.block import block_name, choose_block, choose_draft_block
+from ssgen_ds.sampler.call_cost import CallCost, measure_call_cost
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
 from ssgen_ds.sampler.filters import Sampling
 from ssgen_ds.sampler.free import free_request

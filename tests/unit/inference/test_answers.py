@@ -6,7 +6,8 @@ from ssgen_ds.data.records import Record
 from ssgen_ds.data.tokenize import ChatFormat
 from ssgen_ds.inference.answers import AnswerSettings, answer
 from ssgen_ds.recipe.schema import DataConfig
-from ssgen_ds.sampler.block import GREEDY_CORRECTIONS, BlockChooser, CallCost, LookupRates
+from ssgen_ds.sampler.block import GREEDY_CORRECTIONS, BlockChooser, LookupRates
+from ssgen_ds.sampler.call_cost import CallCost
 from ssgen_ds.sampler.engine import BatchLimit, EngineSampler
 from ssgen_ds.sampler.free import free_request
 from tests.support.alone import alone

@@ -9,22 +9,16 @@ import torch
 
 from ssgen_ds.distributed.phases import Phases
 from ssgen_ds.sampler import block as module
-from ssgen_ds.sampler.block import (
-    BlockChooser,
-    CallCost,
-    block_name,
-    choose_block,
-    choose_draft_block,
-    measure_call_cost,
-    predict_seconds,
-)
+from ssgen_ds.sampler import call_cost
+from ssgen_ds.sampler.block import BlockChooser, block_name, choose_block, choose_draft_block, predict_seconds
+from ssgen_ds.sampler.call_cost import CallCost, measure_call_cost
 from ssgen_ds.sampler.engine import BatchLimit, deal
 from ssgen_ds.sampler.fixed_point import iterate
 from ssgen_ds.sampler.limits import MOST_LOGITS, MOST_TOKENS
 from ssgen_ds.sampler.requests import CallLimit, Request
 from ssgen_ds.sampler.strategy import Local, Sharded, Strategy
 from ssgen_ds.selfgen.bss import draw_coins
-from tests.support.card_costs import H100, H100_SHARDED, RTX_4090_LORA, CardDraws, CardModel
+from tests.support.card_costs import H100, H100_SHARDED, RTX_4090_LORA, Card, CardDraws, CardModel
 
 ARITHMETIC = CallCost((8, 32, 128, 256), (0.08, 0.32, 1.28, 2.56), 0.01)  # 10 ms a token, 10 ms a draw
 OVERHEAD = CallCost((8, 32, 128, 256), (1.0, 1.0, 1.0, 1.0), 0.0)
@@ -117,6 +111,24 @@ def test_a_named_block_measures_nothing(setting, block):
     assert (chooser.mixing([]), chooser.drafting([])) == (block, block)
 
 
+def cost_on(card: Card, limit: BatchLimit, contexts: list[Request], monkeypatch) -> CallCost:
+    model, sampler = CardModel(card), Sampler(limit)
+    sampler.world.max = float
+    sampler.model = lambda: model
+    monkeypatch.setattr(call_cost.time, "perf_counter", model.clock)
+    monkeypatch.setattr(call_cost, "draw_tokens", model.draw)
+    return measure_call_cost(sampler, 100, contexts)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(1, 1), (1, 2), (2, 3), (40, 3)])
+def test_texts_of_a_few_tokens_have_a_cost_too(prompt, response, monkeypatch):
+    """Only calls as wide as the longest text are measured; one width alone would be no line."""
+    contexts = [Request([5] * prompt, [7] * response, [True] * response, key=i) for i in range(3)]
+    cost = cost_on(H100, BatchLimit(8, call=CallLimit(64, 64)), contexts, monkeypatch)
+    assert len(cost.fed) == len(cost.seconds) >= 2 and cost.fed[-1] <= 8 * (prompt + response)
+    assert choose_block(cost, contexts, LIMIT, 1)[0] in module.CANDIDATES
+
+
 SETUPS = {
     # card, ranks, requests a rank, rows at a time, mix rate
     "8 H100, gathered, .1": (H100, 8, 128, 64, 0.1),
@@ -141,13 +153,8 @@ def test_auto_is_near_the_best_on_a_gpu(setup, monkeypatch):
         Request([5] * prompt, [7] * response, draw_coins(response, rate, i), key=i)
         for i, (prompt, response) in enumerate(lengths)
     ]
-    model, limit = CardModel(card), BatchLimit(rows, call=CallLimit(MOST_TOKENS, MOST_LOGITS))
-    sampler = Sampler(limit)
-    sampler.world.max = float
-    sampler.model = lambda: model
-    monkeypatch.setattr(module.time, "perf_counter", model.clock)
-    monkeypatch.setattr(module, "draw_tokens", model.draw)
-    cost = measure_call_cost(sampler, 100, contexts)
+    limit = BatchLimit(rows, call=CallLimit(MOST_TOKENS, MOST_LOGITS))
+    cost = cost_on(card, limit, contexts, monkeypatch)
     chosen, predicted = choose_block(cost, contexts, limit, ranks)
     share = sum(sum(one.coins) for one in contexts) / sum(len(one.coins) for one in contexts)
     mine = [contexts[i] for i in deal(contexts, 0, ranks)]
