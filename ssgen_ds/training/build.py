@@ -35,7 +35,7 @@ from ssgen_ds.selfgen.bss import context_sequence
 from ssgen_ds.selfgen.history import History
 from ssgen_ds.selfgen.rounds import RoundGenerator
 from ssgen_ds.training.foundations import Foundations, Inputs
-from ssgen_ds.training.micro_batch import choose_packing
+from ssgen_ds.training.micro_batch import Measured, choose_packing
 from ssgen_ds.training.one_forward import one_forward
 from ssgen_ds.training.rounds import Rounds
 from ssgen_ds.training.saver import Saver
@@ -90,9 +90,8 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
     inputs, run_dir = foundations.inputs, Path(recipe.output_dir)
     sampler = build_sampler(engine, recipe, world, progress.message)
     blocks = BlockChooser(recipe.selfgen.block, sampler, inputs.vocab_size, progress.message, run_dir / CALL_COST_FILE)
-    packing, choice = choose_packing(
-        engine, recipe, _longest(recipe, inputs), world, progress.message, state.micro_batch
-    )
+    longest = _longest(recipe, inputs)
+    packing, choice = choose_packing(engine, recipe, longest, world, progress.message, state.micro_batch)
     examples = inputs.datasets.evaluation
     evaluation = TrainingEvaluation(
         recipe=recipe,
@@ -106,8 +105,8 @@ def build_trainer(foundations: Foundations, world: World) -> Trainer:
     )
     saver = Saver(engine, recipe, world, state.step, spared=evaluation.best.step)
     plan = ReadAhead(inputs.datasets.plan, recipe.selfgen.refresh_every, foundations.total_steps)
-    longest = _longest(recipe, inputs)
-    reuse = one_forward(engine, recipe, packing, longest, world, progress.message)
+    taken = 0.0 if choice is None else Measured(**choice).bytes_needed
+    reuse = one_forward(engine, recipe, packing, longest, taken, world, progress.message)
     generator = RoundGenerator(recipe, inputs.chat, inputs.vocab_size, sampler, blocks, reuse)
     rounds = Rounds(
         recipe=recipe,

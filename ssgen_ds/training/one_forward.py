@@ -20,6 +20,8 @@ from ssgen_ds.sampler.build import optimizer_bytes_to_come
 from ssgen_ds.sampler.limits import RECORDED_SHARE
 from ssgen_ds.sampler.requests import Request
 
+_BESIDE = 0.9  # of the free memory: a micro batch and the recording together
+
 
 @dataclass
 class OneForward:
@@ -73,19 +75,26 @@ class OneForward:
 
 
 def one_forward(
-    engine: Any, recipe: Recipe, packing: Packing, longest: int, world: World, say: Callable[[str], None]
+    engine: Any,
+    recipe: Recipe,
+    packing: Packing,
+    longest: int,
+    taken: float,
+    world: World,
+    say: Callable[[str], None],
 ) -> OneForward | None:
     """By `selfgen.reuse`; says on rank 0 what `auto` has chosen and why.
 
     Args:
         longest: tokens of the longest sequence that training may see.
+        taken: bytes that `train.micro_batch: auto` has measured a micro batch to take; 0 where it is not auto.
 
     Raises:
         UserError: `on`, and it cannot be.
     """
     if recipe.selfgen.reuse == "off" or not recipe.method.uses_bss:
         return None
-    why_not = _why_not(engine, recipe, packing, longest, world)
+    why_not = _why_not(engine, recipe, packing, longest, taken, world)
     if why_not and recipe.selfgen.reuse == "on":
         raise UserError(f"selfgen.reuse=on: {why_not}; set selfgen.reuse=auto")
     if world.is_main:
@@ -93,7 +102,7 @@ def one_forward(
     return None if why_not else OneForward(engine.module, packing, world)
 
 
-def _why_not(engine: Any, recipe: Recipe, packing: Packing, longest: int, world: World) -> str:
+def _why_not(engine: Any, recipe: Recipe, packing: Packing, longest: int, taken: float, world: World) -> str:
     """Why contexts are computed again in the step; "" where they need not be."""
     module = engine.module
     if recipe.method.uses_rac:
@@ -114,6 +123,7 @@ def _why_not(engine: Any, recipe: Recipe, packing: Packing, longest: int, world:
     tokens = -(-recipe.train.global_batch // world.size) * longest
     need = config.num_hidden_layers * tokens * config.hidden_size * module.dtype.itemsize
     free = -world.max(-free_bytes(world)) - world.max(optimizer_bytes_to_come(engine, world))
-    if need > RECORDED_SHARE * free:
-        return f"what a step would record takes {need / GIB:.3g} GiB, {max(free, 0) / GIB:.3g} are free"
+    if need > min(RECORDED_SHARE * free, _BESIDE * free - taken):
+        micro = f", of which a micro batch takes {taken / GIB:.3g}" if taken else ""
+        return f"what a step would record takes {need / GIB:.3g} GiB, {max(free, 0) / GIB:.3g} are free{micro}"
     return ""

@@ -45,7 +45,6 @@ def test_both_sides_of_t1_train_on_the_same_tokens(measured):
 def test_ratios_are_of_what_was_measured(measured):
     t2 = measured[0]["T2"]
     assert t2["ratio"]["XSum"] == pytest.approx(t2["ours"]["XSum s/step"] / t2["peer"]["XSum SFT s/step"])
-    assert t2["ratio"]["XSum"] > 0  # above 1 where nothing else runs on the machine
     assert measured[0]["T4"]["ours"]["calls at T=64"] >= measured[0]["T4"]["ours"]["calls at T=16"] > 0
 
 

@@ -158,7 +158,7 @@ def test_a_call_within_limits_gives_the_same_tokens(model, limit, chunk, monkeyp
 def test_where_flash_attn_is_asked_for_samples_are_the_same(model):
     """Its kernels know no mask over a memory; torch's own are taken for generation."""
     if model.config._attn_implementation != "sdpa":
-        return
+        pytest.skip("Gemma 2 caps its attention scores, which neither can here")
     requests = some_requests(0.5)
     before, _ = sample_fixed_point(CachedCausalLM(model), requests, Sampling(), 4)
     model.config._attn_implementation = "flash_attention_2"

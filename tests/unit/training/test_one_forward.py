@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssgen_ds.data.window import Packing, Sequence, build_window
+from ssgen_ds.recipe.load import load_recipe
 from ssgen_ds.sampler.requests import Request
-from ssgen_ds.training.one_forward import OneForward
+from ssgen_ds.training import one_forward as module
+from ssgen_ds.training.one_forward import OneForward, one_forward
 from tests.support.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -82,3 +84,23 @@ def test_a_recording_that_was_broken_off_is_none():
     function = one.module.model.layers[0]._gradient_checkpointing_func
     with one.replays(window)[0]:
         assert one.module.model.layers[0]._gradient_checkpointing_func is function
+
+
+@pytest.mark.parametrize(
+    ("free", "taken", "fits"), [(20_000, 0, True), (9_000, 0, False), (20_000, 12_800, True), (20_000, 12_900, False)]
+)
+def test_a_recording_needs_room_beside_a_micro_batch(free, taken, fits, monkeypatch):
+    """Two layers of 32 elements in float32, four sequences of five tokens: 5120 bytes. Together .9 may be taken."""
+    monkeypatch.setattr(module, "RECORDED_SHARE", 0.5)
+    monkeypatch.setattr(module, "free_bytes", lambda world: float(free))
+    monkeypatch.setattr(module, "optimizer_bytes_to_come", lambda engine, world: 0.0)
+    overrides = ["method.name=bss", "selfgen.refresh_every=1", "model.gradient_checkpointing=true", "data.packing=true"]
+    recipe = load_recipe("recipes/smoke.yaml", [*overrides, "train.global_batch=4", "train.micro_batch=2"])
+    packing = Packing(2, is_packed=True)
+    one = forward_of(0, 1, packing)
+    engine = SimpleNamespace(module=one.module, zero_optimization_stage=lambda: 2)
+    world = SimpleNamespace(rank=0, size=1, device=CPU, is_main=True, max=float)
+    said: list[str] = []
+    found = one_forward(engine, recipe, packing, 5, taken, world, said.append)
+    assert (found is not None) == fits, said
+    assert ("takes" in said[0]) != fits
